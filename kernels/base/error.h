@@ -1,0 +1,64 @@
+// The three kinds of failure (docs/architecture.md, "Errors"). Everything is thrown, nothing is caught
+// before main(), which prints one line with the rank and ends the whole job.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace regroup {
+
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Something a user can put right: an option, a file, a tensor of a checkpoint. The message says what is
+// wrong, where (file, line, tensor, option) and what to do, in one line.
+class UserError : public Error {
+ public:
+  template <class... Args>
+  explicit UserError(fmt::format_string<Args...> format, Args&&... args)
+      : Error(fmt::format(format, std::forward<Args>(args)...)) {}
+};
+
+// A call into the system or a library failed: the call, its subject and the reason it gave.
+class SystemError : public Error {
+ public:
+  template <class... Args>
+  explicit SystemError(fmt::format_string<Args...> format, Args&&... args)
+      : Error(fmt::format(format, std::forward<Args>(args)...)) {}
+};
+
+// A broken invariant: a bug in Regroup.
+class InternalError : public Error {
+ public:
+  template <class... Args>
+  explicit InternalError(fmt::format_string<Args...> format, Args&&... args)
+      : Error(fmt::format(format, std::forward<Args>(args)...)) {}
+};
+
+// Throws InternalError with the formatted message unless `condition` holds.
+template <class... Args>
+void check(bool condition, fmt::format_string<Args...> format, Args&&... args) {
+  if (!condition) throw InternalError(format, std::forward<Args>(args)...);
+}
+
+// `value` as a To; InternalError naming both where it does not fit. For the borders to libraries that take int.
+template <class To, class From>
+To narrow(From value) {
+  const To result = static_cast<To>(value);
+  check(static_cast<From>(result) == value && (result < To{}) == (value < From{}),
+        "the value {} does not fit into {} bits", value, sizeof(To) * 8);
+  return result;
+}
+
+// " (did you mean 'x'?)" with the candidate nearest to `word` by edit distance, or "" when none is near.
+std::string did_you_mean(const std::string& word, const std::vector<std::string>& candidates);
+
+}  // namespace regroup

@@ -1,0 +1,74 @@
+// Files: RAII descriptors, exact reads, writes that appear whole or not at all, checksums.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace regroup {
+
+// A file opened for reading. Move-only; closed on destruction. Errors: UserError naming the file where it is
+// missing, unreadable or shorter than asked; SystemError otherwise.
+class InputFile {
+ public:
+  explicit InputFile(std::filesystem::path path);
+  ~InputFile();
+  InputFile(InputFile&& other) noexcept;
+  InputFile& operator=(InputFile&&) = delete;
+  InputFile(const InputFile&) = delete;
+  InputFile& operator=(const InputFile&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+  std::uint64_t size() const { return size_; }  // bytes
+  // Fills `bytes` from `offset`. Throws UserError ("truncated") where the file ends before.
+  void read(std::uint64_t offset, std::span<std::byte> bytes) const;
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_ = -1;
+  std::uint64_t size_ = 0;
+};
+
+// A file being written beside its final name; commit() makes it appear there whole (fsync, rename, fsync of the
+// directory). Without commit() the destructor removes it.
+class OutputFile {
+ public:
+  explicit OutputFile(std::filesystem::path path);
+  ~OutputFile();
+  OutputFile(OutputFile&& other) noexcept;
+  OutputFile& operator=(OutputFile&&) = delete;
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+
+  void write(std::span<const std::byte> bytes);
+  void write(std::string_view text);
+  void commit();
+
+ private:
+  std::filesystem::path path_;
+  std::filesystem::path aside_;
+  int descriptor_ = -1;
+};
+
+// The whole file as text. Throws UserError where it cannot be read or is larger than `limit` bytes.
+std::string read_text(const std::filesystem::path& path, std::uint64_t limit = std::uint64_t{1} << 30);
+// Writes `text` so that `path` holds either its old content or all of the new.
+void write_text(const std::filesystem::path& path, std::string_view text);
+
+// Flushes a file's, or a directory's entries', data to the disk.
+void sync_to_disk(const std::filesystem::path& path);
+// Renames and makes the new name durable.
+void rename_durably(const std::filesystem::path& from, const std::filesystem::path& to);
+// Creates `path` and its parents; UserError where that is impossible (read-only, not a directory).
+void create_directories(const std::filesystem::path& path);
+
+// XXH3, 64 bits, of the bytes.
+std::uint64_t checksum(std::span<const std::byte> bytes);
+// XXH3 over a whole file, streamed.
+std::uint64_t checksum_file(const std::filesystem::path& path);
+
+}  // namespace regroup
