@@ -2,14 +2,14 @@
 // before main(), which prints one line with the rank and ends the whole job.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include <fmt/format.h>
 
 namespace regroup {
 
@@ -49,7 +49,8 @@ void check(bool condition, fmt::format_string<Args...> format, Args&&... args) {
   if (!condition) throw InternalError(format, std::forward<Args>(args)...);
 }
 
-// `value` as a To; InternalError naming both where it does not fit. For the borders to libraries that take int.
+// `value` as a To; InternalError naming both where it does not fit. For the borders to libraries that take
+// int.
 template <class To, class From>
 To narrow(From value) {
   const To result = static_cast<To>(value);

@@ -1,14 +1,13 @@
 #include "kernels/base/file.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <fcntl.h>
 #include <memory>
+#include <sys/stat.h>
 #include <system_error>
+#include <unistd.h>
 
 #include <xxhash.h>
 
@@ -64,10 +63,11 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> bytes) const {
     const ssize_t got =
         ::pread(descriptor_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw SystemError("reading {} at byte {}: {}", path_.string(), offset + done, std::strerror(errno));
+    if (got < 0)
+      throw SystemError("reading {} at byte {}: {}", path_.string(), offset + done, std::strerror(errno));
     if (got == 0) {
-      throw UserError("{} is truncated: {} bytes at offset {} were expected, it ends at byte {}", path_.string(),
-                      bytes.size(), offset, offset + done);
+      throw UserError("{} is truncated: {} bytes at offset {} were expected, it ends at byte {}",
+                      path_.string(), bytes.size(), offset, offset + done);
     }
     done += static_cast<std::size_t>(got);
   }
@@ -112,7 +112,8 @@ void OutputFile::commit() {
 std::string read_text(const std::filesystem::path& path, std::uint64_t limit) {
   const InputFile file(path);
   if (file.size() > limit) {
-    throw UserError("{} has {} bytes; at most {} are allowed for such a file", path.string(), file.size(), limit);
+    throw UserError("{} has {} bytes; at most {} are allowed for such a file", path.string(), file.size(),
+                    limit);
   }
   std::string text(file.size(), '\0');
   file.read(0, std::as_writable_bytes(std::span(text.data(), text.size())));
@@ -150,7 +151,8 @@ std::uint64_t checksum(std::span<const std::byte> bytes) { return XXH3_64bits(by
 
 std::uint64_t checksum_file(const std::filesystem::path& path) {
   const InputFile file(path);
-  const std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(), XXH3_freeState);
+  const std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(),
+                                                                              XXH3_freeState);
   XXH3_64bits_reset(state.get());
   std::vector<std::byte> block(std::min(kBlock, file.size()));
   for (std::uint64_t offset = 0; offset < file.size(); offset += kBlock) {

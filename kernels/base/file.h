@@ -33,8 +33,8 @@ class InputFile {
   std::uint64_t size_ = 0;
 };
 
-// A file being written beside its final name; commit() makes it appear there whole (fsync, rename, fsync of the
-// directory). Without commit() the destructor removes it.
+// A file being written beside its final name; commit() makes it appear there whole (fsync, rename, fsync of
+// the directory). Without commit() the destructor removes it.
 class OutputFile {
  public:
   explicit OutputFile(std::filesystem::path path);

@@ -5,7 +5,8 @@
 namespace regroup {
 
 Log::Log(int rank) : rank_(rank) {
-  logger_ = std::make_shared<spdlog::logger>("regroup", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
+  logger_ =
+      std::make_shared<spdlog::logger>("regroup", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
   logger_->set_pattern(fmt::format("[%H:%M:%S] [rank {}] %^%v%$", rank));
 }
 

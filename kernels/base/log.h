@@ -1,11 +1,12 @@
-// One-line messages to standard error, prefixed with the rank. Passed down explicitly: there is no global log.
+// One-line messages to standard error, prefixed with the rank. Passed down explicitly: there is no global
+// log.
 #pragma once
-
-#include <fmt/format.h>
-#include <spdlog/logger.h>
 
 #include <memory>
 #include <utility>
+
+#include <fmt/format.h>
+#include <spdlog/logger.h>
 
 namespace regroup {
 

@@ -54,7 +54,8 @@ std::uint64_t key_of(std::string_view name) {
   return hash;
 }
 
-FeistelPermutation::FeistelPermutation(const Philox& philox, std::uint64_t size) : philox_(philox), size_(size) {
+FeistelPermutation::FeistelPermutation(const Philox& philox, std::uint64_t size)
+    : philox_(philox), size_(size) {
   check(size > 0, "a permutation of nothing was asked for");
   half_bits_ = (std::bit_width(size - 1) + 1) / 2;
   if (half_bits_ == 0) half_bits_ = 1;

@@ -9,7 +9,14 @@
 namespace regroup {
 
 // What a draw is for; keeps the streams of one seed apart.
-enum class RandomPurpose : std::uint32_t { kInitialise = 1, kDropout, kSpanMask, kSampleOrder, kHeadChoice, kTest };
+enum class RandomPurpose : std::uint32_t {
+  kInitialise = 1,
+  kDropout,
+  kSpanMask,
+  kSampleOrder,
+  kHeadChoice,
+  kTest
+};
 
 // Philox4x32-10 (Salmon et al., SC 2011): 128-bit counter and 64-bit key to four independent 32-bit words.
 // Trivially copyable, so that it can travel into kernels.
@@ -22,7 +29,8 @@ class Philox {
   // The four words at the 128-bit counter (high, low).
   std::array<std::uint32_t, 4> operator()(std::uint64_t low, std::uint64_t high = 0) const {
     std::array<std::uint32_t, 4> c = {static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
-                                      static_cast<std::uint32_t>(high), static_cast<std::uint32_t>(high >> 32)};
+                                      static_cast<std::uint32_t>(high),
+                                      static_cast<std::uint32_t>(high >> 32)};
     std::uint32_t k0 = static_cast<std::uint32_t>(key_);
     std::uint32_t k1 = static_cast<std::uint32_t>(key_ >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -65,8 +73,8 @@ class Philox {
 // A stable 64-bit number for a name (FNV-1a), for use as a coordinate.
 std::uint64_t key_of(std::string_view name);
 
-// A pseudo-random permutation of [0, size) in O(1) memory: a balanced Feistel network of Philox rounds over the
-// next even power of two, with cycle walking. A function of (philox, size) only.
+// A pseudo-random permutation of [0, size) in O(1) memory: a balanced Feistel network of Philox rounds over
+// the next even power of two, with cycle walking. A function of (philox, size) only.
 class FeistelPermutation {
  public:
   FeistelPermutation(const Philox& philox, std::uint64_t size);
