@@ -1,0 +1,49 @@
+// How tensors of a device travel between ranks. One interface for MPI (host) and NCCL (device).
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "kernels/tensor.h"
+#include "parallel/process_group.h"
+
+namespace regroup {
+
+// Every member is collective and in place, works on dense tensors, and for size 1 is an exact no-op. The same
+// ranks with the same values give the same bits on every call and on every rank. bfloat16 is summed in
+// float32.
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  const std::string& name() const { return name_; }  // "tp", "dp", ...: for messages
+
+  void all_reduce(Tensor x, ReduceOp op = ReduceOp::kSum);
+  void broadcast(Tensor x, int root);
+
+  double seconds() const { return seconds_; }    // spent in here, waits included
+  double bytes_moved() const { return bytes_; }  // payload handed to collectives
+
+ protected:
+  Communicator(std::string name, int rank, int size) : name_(std::move(name)), rank_(rank), size_(size) {}
+
+ private:
+  virtual void do_all_reduce(Tensor x, ReduceOp op) = 0;
+  virtual void do_broadcast(Tensor x, int root) = 0;
+
+  std::string name_;
+  int rank_;
+  int size_;
+  double seconds_ = 0;
+  double bytes_ = 0;
+};
+
+// Over MPI, for tensors in host memory. int32, float32, float64, bfloat16.
+std::unique_ptr<Communicator> make_mpi_communicator(std::string name, const ProcessGroup& group);
+
+// Pretends to be rank `rank` of `size` and moves nothing: for memory plans.
+std::unique_ptr<Communicator> make_plan_communicator(std::string name, int rank, int size);
+
+}  // namespace regroup

@@ -1,0 +1,35 @@
+// THE parameter table: every fact on a parameter, once. Read by initialisation, HF names, tensor-parallel
+// slices, replica sums, the optimizer, the gradient norm, checkpoints and conversion.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "parallel/partition.h"
+#include "trainer/model/config.h"
+
+namespace regroup {
+
+enum class Initializer { kNormal, kTruncatedNormal, kUniform, kOnes };
+
+struct ParameterSpec {
+  std::string name;            // transformers' T5 name
+  std::vector<index_t> shape;  // global
+  Partition partition;
+  Initializer initializer = Initializer::kNormal;
+  double scale = 1;  // standard deviation, or half-width of the uniform
+  bool begins_pack =
+      true;  // false: lies in memory right behind the one before (q|k|v, wi_0|wi_1: one product)
+};
+
+// All parameters in memory order: shared embedding, encoder, decoder, lm_head. Initial values as T5X draws
+// them (references: t5x layers.py): normal embedding 1, q (d_model d_kv)^-1/2, k v d_model^-1/2, o (H
+// d_kv)^-1/2; truncated normal wi and lm_head d_model^-1/2, wo d_ff^-1/2; bias table uniform +-sqrt(6 / (H +
+// 32)); norms 1.
+std::vector<ParameterSpec> parameter_table(const ModelConfig& config);
+
+// Refuses a tensor_parallel that does not divide num_heads, d_ff and vocab_size, or for which neither
+// kv_groups divides it nor it divides kv_groups. UserError naming the values that would do.
+void validate_tensor_parallel(const ModelConfig& config, int tensor_parallel);
+
+}  // namespace regroup
