@@ -1,6 +1,7 @@
 // The op set on the host: oneDNN for products, OpenMP for the rest.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 
 #include "kernels/backend.h"
@@ -61,8 +62,13 @@ class CpuBackend final : public Backend {
   void do_adamw_statistics(std::span<const AdamWSlot> slots) override;
   void do_adamw_update(std::span<const AdamWSlot> slots, const AdamWOptions& options) override;
 
+  // Uninitialised memory for the op being run, 64-byte aligned, valid until the next call. Kept between ops;
+  // grows where an op needs more than any before it, which is in the first step.
+  std::byte* workspace(index_t bytes);
+
   int threads_;
   std::unique_ptr<CpuMatmul> matmul_;
+  Buffer workspace_;
 };
 
 }  // namespace regroup

@@ -1,0 +1,70 @@
+// Elementary functions without branches or calls, so that loops over them vectorise (`#pragma omp simd`).
+// Reading needs no function: static_cast<float>(bfloat16) is a shift that vectorises too. For writing see
+// store().
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+namespace regroup {
+
+// y = x in y's type, rounded to nearest even. Assigning a bfloat16 copies a class, which g++ 12 does not
+// vectorise; assigning its bits does.
+inline void store(double& y, double x) { y = x; }
+inline void store(float& y, float x) { y = x; }
+inline void store(float& y, double x) { y = static_cast<float>(x); }
+inline void store(double& y, float x) { y = x; }
+inline void store(bfloat16& y, float x) { y.bits = bfloat16(x).bits; }
+inline void store(bfloat16& y, double x) { y.bits = bfloat16(static_cast<float>(x)).bits; }
+
+// e^x. Error <= 1 ulp for -86.6 < x < 88.72; 0 below (e^x < 2.5e-38), +inf above, NaN of NaN. Cephes' expf:
+// x = n ln 2 + r, |r| <= ln(2)/2, a polynomial of degree 7 for e^r, and n into the exponent.
+inline float vector_exp(float x) {
+  constexpr float kLowest = -86.6F, kHighest = 89.0F;
+  constexpr float kRound = 0x1.8p23F;  // adding it rounds to an integer, held in the low bits
+  const float clamped = x < kLowest ? kLowest : (x > kHighest ? kHighest : x);
+  const float shifted = clamped * 0x1.715476p+0F + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0x1.63p-1F) + n * 0x1.bd0106p-13F;  // ln 2 in two parts
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * (r * r) + r + 1.0F;
+  // 2^(n - 1), then doubled: n = 128 would not fit. The subtraction wraps harmlessly where x is NaN.
+  const std::uint32_t exponent = std::bit_cast<std::uint32_t>(shifted) - std::bit_cast<std::uint32_t>(kRound);
+  const float y = p * std::bit_cast<float>((exponent + 126) << 23);
+  return x < kLowest ? 0.0F : y + y;
+}
+inline double vector_exp(double x) { return std::exp(x); }
+
+// 1 / (1 + e^-x), error <= 3 ulp; 0 and 1 at the ends.
+template <class S>
+S vector_sigmoid(S x) {
+  return S{1} / (S{1} + vector_exp(-x));
+}
+
+// gelu(x) = x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), and its derivative
+// s + x s (1 - s) 2 u'(x). Error of the value <= 4 ulp of x.
+template <class S>
+struct Gelu {
+  S value, derivative;
+};
+template <class S>
+Gelu<S> vector_gelu(S x) {
+  constexpr S kTwoRootTwoOverPi = static_cast<S>(1.5957691216057308);
+  constexpr S kCubic = static_cast<S>(0.044715);
+  constexpr S kFlat = 30;  // beyond it sigmoid is 0 or 1; keeps the cube finite
+  const S t = x < -kFlat ? -kFlat : (x > kFlat ? kFlat : x);
+  const S square = t * t;
+  const S s = vector_sigmoid(kTwoRootTwoOverPi * t * (S{1} + kCubic * square));
+  const S slope = kTwoRootTwoOverPi * (S{1} + 3 * kCubic * square);
+  return {x * s, s + x * (s * (S{1} - s)) * slope};
+}
+
+}  // namespace regroup
