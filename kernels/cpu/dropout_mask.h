@@ -14,7 +14,9 @@ namespace regroup {
 class DropoutMask {
  public:
   DropoutMask(const Philox& key, double rate)
-      : key_(key.key()), rate_(rate), threshold_(static_cast<std::uint32_t>(std::ceil(rate * 0x1p32))) {}
+      : key_(key.key()),
+        rate_(rate),
+        threshold_(static_cast<std::uint32_t>(std::min(std::ceil(rate * 0x1p32), 0x1p32 - 1))) {}
 
   bool active() const { return rate_ > 0; }
 
