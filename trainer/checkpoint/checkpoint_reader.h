@@ -1,0 +1,65 @@
+// Reads slices of the global tensors of a checkpoint, whoever wrote it.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "parallel/partition.h"
+#include "trainer/checkpoint/safetensors.h"
+#include "trainer/model/parameters.h"
+
+namespace regroup {
+
+// The tensors of a checkpoint. Nothing here is collective: each rank opens and reads what it
+// needs. Every error is a UserError naming file and tensor.
+class CheckpointReader {
+ public:
+  // `path`: a .safetensors file, or a directory that has <stem>.safetensors, or <stem>.safetensors.index.json
+  // and its shards (whose names must be plain, which must exist, and must hold exactly what the index says).
+  explicit CheckpointReader(const std::filesystem::path& path, const std::string& stem = "model");
+
+  // Whether `directory` holds such a checkpoint.
+  static bool exists(const std::filesystem::path& directory, const std::string& stem = "model");
+
+  const std::filesystem::path& path() const { return path_; }
+  // By name.
+  std::vector<const StoredTensor*> tensors() const;
+  const StoredTensor* find(const std::string& name) const;  // null where there is none
+  const Metadata& metadata() const { return metadata_; }    // of the (first) file
+
+  // One UserError that lists everything that is wrong: tensors that are missing, have another shape, or are
+  // not in the table. Aliases of shared.weight (encoder.embed_tokens.weight, decoder.embed_tokens.weight) and
+  // the unused EncDecAttention.relative_attention_bias of old transformers files are ignored.
+  void require(std::span<const ParameterSpec> table) const;
+  void require(std::span<const ShardedTensor> table) const;  // global shapes
+
+  // Reads [begin, end) of dimension `dim` of `name` into `out`: dense, float32 or float64, of the slice's
+  // shape. Stored F64, F32, F16 and BF16 are converted; other types are refused. Only the needed bytes are
+  // read.
+  void read(const std::string& name, int dim, index_t begin, index_t end, const Tensor& out) const;
+  // Reads the slice of `destination` into its host memory; the stored global shape must be the one it has.
+  void read(const ShardedTensor& destination) const;
+
+ private:
+  struct Location {
+    std::size_t file = 0;
+    StoredTensor tensor;
+  };
+  void add_file(const std::filesystem::path& file);
+  void open_indexed(const std::filesystem::path& index);
+  const Location& locate(const std::string& name) const;
+  void require_shapes(const std::map<std::string, std::vector<index_t>>& expected) const;
+
+  std::filesystem::path path_;
+  std::vector<std::filesystem::path> files_;
+  std::map<std::string, Location> locations_;
+  Metadata metadata_;
+};
+
+// An IEEE half (its bits) as a float, exactly.
+float half_to_float(std::uint16_t bits);
+
+}  // namespace regroup
