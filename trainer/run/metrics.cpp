@@ -79,8 +79,8 @@ std::string to_line(const ordered_json& object) {
   return object.dump(-1, ' ', false, ordered_json::error_handler_t::replace) + '\n';
 }
 
-// Calls visit(object, step, kind) for each line, until it returns false or the file ends. Returns the number of bytes
-// of the lines for which it returned true. A last line without its newline is torn and not visited.
+// Calls visit(object, step, kind) for each line, until it returns false or the file ends. Returns the number
+// of bytes of the lines for which it returned true. A last line without its newline is torn and not visited.
 template <class Visit>
 std::uintmax_t visit_lines(const std::filesystem::path& path, const Visit& visit) {
   std::ifstream file(path, std::ios::binary);
@@ -103,8 +103,8 @@ std::uintmax_t visit_lines(const std::filesystem::path& path, const Visit& visit
 
 void cut_after(const std::filesystem::path& path, std::int64_t step) {
   if (!std::filesystem::exists(path)) return;
-  const auto keep =
-      visit_lines(path, [&](const json&, std::int64_t line_step, const std::string&) { return line_step <= step; });
+  const auto keep = visit_lines(
+      path, [&](const json&, std::int64_t line_step, const std::string&) { return line_step <= step; });
   std::error_code error;
   std::filesystem::resize_file(path, keep, error);
   if (error) throw UserError("cannot shorten the metrics {}: {}", path.string(), error.message());
@@ -117,7 +117,8 @@ MetricsFile::MetricsFile(std::filesystem::path path, std::optional<std::int64_t>
   if (resume_step) cut_after(path_, *resume_step);
   file_.open(path_, std::ios::binary | (resume_step ? std::ios::app : std::ios::trunc));
   if (!file_) {
-    throw UserError("cannot write the metrics {}: {}", path_.string(), std::generic_category().message(errno));
+    throw UserError("cannot write the metrics {}: {}", path_.string(),
+                    std::generic_category().message(errno));
   }
 }
 
@@ -153,7 +154,8 @@ void MetricsFile::write(const EventMetrics& m) {
 void MetricsFile::append(std::string_view line) {
   file_.write(line.data(), static_cast<std::streamsize>(line.size())).flush();
   if (!file_) {
-    throw UserError("cannot write the metrics {}: {}", path_.string(), std::generic_category().message(errno));
+    throw UserError("cannot write the metrics {}: {}", path_.string(),
+                    std::generic_category().message(errno));
   }
 }
 

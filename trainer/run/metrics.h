@@ -12,8 +12,8 @@
 
 namespace regroup {
 
-// One optimizer step. step, total_steps, loss, z_loss, learning_rate, gradient_norm and samples are functions of the
-// run (config, seed, corpus, initial checkpoint); the others depend on the machine and the moment.
+// One optimizer step. step, total_steps, loss, z_loss, learning_rate, gradient_norm and samples are functions
+// of the run (config, seed, corpus, initial checkpoint); the others depend on the machine and the moment.
 struct StepMetrics {
   std::int64_t step = 0;         // the step just done, counted from 1 over the whole run
   std::int64_t total_steps = 0;  // the step at which the run ends
@@ -33,9 +33,9 @@ struct StepMetrics {
 // One evaluation after `step` steps (0: before the first).
 struct EvaluationMetrics {
   std::int64_t step = 0;
-  std::string name;         // what was evaluated: "held-out", "parent", "converted", a task
-  double loss = 0;          // nats a token
-  std::int64_t tokens = 0;  // targets the mean was taken over
+  std::string name;                           // what was evaluated: "held-out", "parent", "converted", a task
+  double loss = 0;                            // nats a token
+  std::int64_t tokens = 0;                    // targets the mean was taken over
   std::map<std::string, double> scores = {};  // others by name, for example "accuracy"
 
   bool operator==(const EvaluationMetrics&) const = default;
@@ -50,18 +50,20 @@ struct EventMetrics {
   bool operator==(const EventMetrics&) const = default;
 };
 
-// The append-only file. A line is {"kind": "train" | "evaluation" | "event", "step": N, <the struct's fields>}; a
-// number reads back as the double it was, NaN and infinities are the strings "NaN", "Infinity", "-Infinity". Each
-// line reaches the operating system before the call returns, so a killed process leaves at most one torn last line.
+// The append-only file. A line is {"kind": "train" | "evaluation" | "event", "step": N, <the struct's
+// fields>}; a number reads back as the double it was, NaN and infinities are the strings "NaN", "Infinity",
+// "-Infinity". Each line reaches the operating system before the call returns, so a killed process leaves at
+// most one torn last line.
 //
-// A step's lines belong in the file before its checkpoint is committed: then a run resumed from that checkpoint, as
-// often as it may be, ends with the train and evaluation lines of the uninterrupted run (up to its timings).
+// A step's lines belong in the file before its checkpoint is committed: then a run resumed from that
+// checkpoint, as often as it may be, ends with the train and evaluation lines of the uninterrupted run (up to
+// its timings).
 //
 // Errors: UserError naming the file (and line) where it cannot be written, or is not a metrics file.
 class MetricsFile {
  public:
-  // Without `resume_step` the file starts empty. With it, lines of later steps and a torn last line are cut off and
-  // the rest is kept; a missing file starts empty.
+  // Without `resume_step` the file starts empty. With it, lines of later steps and a torn last line are cut
+  // off and the rest is kept; a missing file starts empty.
   explicit MetricsFile(std::filesystem::path path, std::optional<std::int64_t> resume_step = std::nullopt);
 
   void write(const StepMetrics& metrics);
@@ -82,9 +84,9 @@ struct MetricsHistory {
   std::vector<EventMetrics> events;
 };
 
-// Reads `path`. A torn last line (a run still going, or killed) is left out, fields that are missing keep their
-// default and fields and kinds not known here are skipped. UserError naming file and line for any other line that is
-// not a metrics line.
+// Reads `path`. A torn last line (a run still going, or killed) is left out, fields that are missing keep
+// their default and fields and kinds not known here are skipped. UserError naming file and line for any other
+// line that is not a metrics line.
 MetricsHistory read_metrics(const std::filesystem::path& path);
 
 }  // namespace regroup

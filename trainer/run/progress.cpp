@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -39,12 +40,14 @@ std::string format_progress(const StepMetrics& m, std::optional<double> seconds_
     return std::isfinite(share) ? fmt::format("{:4.1f}%", 100 * share) : std::string("  -- ");
   };
   const std::string total = fmt::format("{}", m.total_steps);
-  const std::string speed =
-      std::isfinite(m.tokens_per_second) ? format_count(std::llround(m.tokens_per_second)) : std::string("--");
-  return fmt::format("step {:>{}}/{}  loss {}  lr {:8.2e}  |g| {}  {:>7} tok/s  {} of peak  data {}  ETA {:<6}", m.step,
-                     total.size(), total, format_number(m.loss, 6), m.learning_rate,
-                     format_number(m.gradient_norm, 5), speed, percent(m.share_of_peak), percent(m.data_wait_share),
-                     seconds_to_go ? format_duration(*seconds_to_go) : "--");
+  const std::string speed = std::isfinite(m.tokens_per_second)
+                                ? format_count(std::llround(m.tokens_per_second))
+                                : std::string("--");
+  return fmt::format(
+      "step {:>{}}/{}  loss {}  lr {:8.2e}  |g| {}  {:>7} tok/s  {} of peak  data {}  ETA {:<6}", m.step,
+      total.size(), total, format_number(m.loss, 6), m.learning_rate, format_number(m.gradient_norm, 5),
+      speed, percent(m.share_of_peak), percent(m.data_wait_share),
+      seconds_to_go ? format_duration(*seconds_to_go) : "--");
 }
 
 void TimeToGo::add_step(double seconds) {
@@ -56,7 +59,8 @@ void TimeToGo::add_step(double seconds) {
 std::optional<double> TimeToGo::seconds(std::int64_t steps_to_go) const {
   if (recent_.empty()) return std::nullopt;
   const double sum = std::accumulate(recent_.begin(), recent_.end(), 0.0);
-  return sum / static_cast<double>(recent_.size()) * static_cast<double>(std::max<std::int64_t>(steps_to_go, 0));
+  return sum / static_cast<double>(recent_.size()) *
+         static_cast<double>(std::max<std::int64_t>(steps_to_go, 0));
 }
 
 Progress::~Progress() { end_line(); }
@@ -64,12 +68,14 @@ Progress::~Progress() { end_line(); }
 void Progress::step(const StepMetrics& metrics) {
   time_to_go_.add_step(metrics.seconds_per_step);
   const bool first = !std::exchange(seen_any_, true);
-  const bool due = first || metrics.step >= metrics.total_steps || metrics.step % std::max<std::int64_t>(options_.every, 1) == 0;
+  const bool due = first || metrics.step >= metrics.total_steps ||
+                   metrics.step % std::max<std::int64_t>(options_.every, 1) == 0;
   if (!options_.terminal && !due) return;
 
   const std::string line = format_progress(metrics, time_to_go_.seconds(metrics.total_steps - metrics.step));
   if (options_.terminal) {
-    // Without automatic margins (?7l) a narrow window cuts the line instead of wrapping it; [K clears what is left.
+    // Without automatic margins (?7l) a narrow window cuts the line instead of wrapping it; [K clears what is
+    // left.
     fmt::print(stream_, "\r\x1b[?7l{}\x1b[K\x1b[?7h", line);
     line_open_ = true;
   } else {

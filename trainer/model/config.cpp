@@ -1,0 +1,196 @@
+#include "trainer/model/config.h"
+
+#include <map>
+
+#include <fmt/ranges.h>
+#include <nlohmann/json.hpp>
+
+#include "trainer/model/parameters.h"
+
+namespace regroup {
+namespace {
+
+using nlohmann::json;
+
+ModelConfig multi_head(index_t d_model, index_t d_ff, index_t num_heads, index_t layers) {
+  return {.d_model = d_model,
+          .d_ff = d_ff,
+          .num_heads = num_heads,
+          .num_layers = layers,
+          .num_decoder_layers = layers,
+          .kv_groups = num_heads,
+          .encoder_kv_groups = num_heads};
+}
+
+// references: t5x/examples/t5/t5_1_1/*.gin. `tiny` is ours: large enough to learn, small enough for two
+// cores.
+std::map<std::string, ModelConfig> sizes() {
+  return {{"tiny", multi_head(256, 512, 8, 4)},    {"small", multi_head(512, 1024, 6, 8)},
+          {"base", multi_head(768, 2048, 12, 12)}, {"large", multi_head(1024, 2816, 16, 24)},
+          {"xl", multi_head(2048, 5120, 32, 24)},  {"xxl", multi_head(4096, 10240, 64, 24)}};
+}
+
+std::vector<index_t> divisors(index_t number) {
+  std::vector<index_t> result;
+  for (index_t d = 1; d <= number; ++d) {
+    if (number % d == 0) result.push_back(d);
+  }
+  return result;
+}
+
+void validate_groups(const char* option, index_t groups, index_t num_heads) {
+  if (groups < 1 || groups > num_heads || num_heads % groups != 0) {
+    throw UserError("{} = {} does not divide the {} attention heads; use one of {}", option, groups,
+                    num_heads, fmt::join(divisors(num_heads), ", "));
+  }
+}
+
+// One typed field of a config.json, with errors that name it.
+class Fields {
+ public:
+  Fields(const json& object, const std::string& where) : object_(object), where_(where) {}
+
+  index_t count(const char* name) const {
+    const json& value = at(name);
+    if (!value.is_number_integer() || value.get<index_t>() < 1 || value.get<index_t>() > (index_t{1} << 40)) {
+      throw UserError("{}: \"{}\" is {}; a positive whole number is needed", where_, name, value.dump());
+    }
+    return value.get<index_t>();
+  }
+  index_t count(const char* name, index_t otherwise) const { return has(name) ? count(name) : otherwise; }
+  double number(const char* name, double otherwise) const {
+    if (!has(name)) return otherwise;
+    if (!at(name).is_number())
+      throw UserError("{}: \"{}\" is {}; a number is needed", where_, name, at(name).dump());
+    return at(name).get<double>();
+  }
+  // Refuses a file whose field is present and differs from the only value this model has.
+  void require(const char* name, const json& value, const char* reason) const {
+    if (has(name) && at(name) != value) {
+      throw UserError("{}: \"{}\" is {}, only {} can be read: {}", where_, name, at(name).dump(),
+                      value.dump(), reason);
+    }
+  }
+  bool has(const char* name) const { return object_.contains(name) && !object_[name].is_null(); }
+
+ private:
+  const json& at(const char* name) const {
+    if (!has(name)) throw UserError("{}: the field \"{}\" is missing", where_, name);
+    return object_[name];
+  }
+  const json& object_;
+  const std::string& where_;
+};
+
+}  // namespace
+
+ModelConfig t5_1_1(const std::string& size) {
+  const auto all = sizes();
+  const auto found = all.find(size);
+  if (found == all.end()) {
+    throw UserError("there is no model size '{}'{}; the sizes are {}", size,
+                    did_you_mean(size, model_sizes()), fmt::join(model_sizes(), ", "));
+  }
+  return found->second;
+}
+
+std::vector<std::string> model_sizes() { return {"tiny", "small", "base", "large", "xl", "xxl"}; }
+
+void validate(const ModelConfig& config) {
+  const std::map<const char*, index_t> counts = {
+      {"vocab-size", config.vocab_size},
+      {"d-model", config.d_model},
+      {"d-kv", config.d_kv},
+      {"d-ff", config.d_ff},
+      {"heads", config.num_heads},
+      {"layers", config.num_layers},
+      {"decoder-layers", config.num_decoder_layers},
+      {"relative-attention-num-buckets", config.relative_attention_num_buckets},
+      {"relative-attention-max-distance", config.relative_attention_max_distance}};
+  for (const auto& [name, count] : counts) {
+    if (count < 1) throw UserError("{} = {}; a positive whole number is needed", name, count);
+  }
+  if (config.relative_attention_num_buckets % 4 != 0 ||
+      config.relative_attention_max_distance <= config.relative_attention_num_buckets / 2) {
+    throw UserError(
+        "{} relative-position buckets up to distance {} cannot be laid out: the buckets must be a multiple "
+        "of 4 and the distance greater than half of them (T5: 32 and 128)",
+        config.relative_attention_num_buckets, config.relative_attention_max_distance);
+  }
+  if (!(config.dropout_rate >= 0 && config.dropout_rate < 1)) {
+    throw UserError("dropout = {}; it must be at least 0 and less than 1", config.dropout_rate);
+  }
+  validate_groups("kv-groups", config.kv_groups, config.num_heads);
+  validate_groups("encoder-kv-groups", config.encoder_kv_groups, config.num_heads);
+}
+
+std::string to_json(const ModelConfig& config) {
+  const nlohmann::ordered_json fields = {
+      {"architectures", {"T5ForConditionalGeneration"}},
+      {"model_type", "t5"},
+      {"vocab_size", config.vocab_size},
+      {"d_model", config.d_model},
+      {"d_kv", config.d_kv},
+      {"d_ff", config.d_ff},
+      {"num_heads", config.num_heads},
+      {"num_key_value_heads", config.kv_groups},
+      {"encoder_num_key_value_heads", config.encoder_kv_groups},
+      {"num_layers", config.num_layers},
+      {"num_decoder_layers", config.num_decoder_layers},
+      {"relative_attention_num_buckets", config.relative_attention_num_buckets},
+      {"relative_attention_max_distance", config.relative_attention_max_distance},
+      {"layer_norm_epsilon", config.layer_norm_epsilon},
+      {"dropout_rate", config.dropout_rate},
+      {"feed_forward_proj", "gated-gelu"},
+      {"dense_act_fn", "gelu_new"},
+      {"is_gated_act", true},
+      {"is_encoder_decoder", true},
+      {"tie_word_embeddings", false},
+      {"pad_token_id", 0},
+      {"eos_token_id", 1},
+      {"decoder_start_token_id", 0},
+      {"initializer_factor", 1.0},
+      {"use_cache", true}};
+  return fields.dump(2) + "\n";
+}
+
+ModelConfig model_config_from_json(const std::string& text, const std::string& where) {
+  const json object = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) throw UserError("{} is not a JSON object", where);
+  const Fields fields(object, where);
+  fields.require("model_type", "t5", "this is another architecture");
+  fields.require("feed_forward_proj", "gated-gelu", "T5 1.0's relu feed-forward is not this model");
+  fields.require("tie_word_embeddings", false, "T5 1.1 has an lm_head of its own");
+  ModelConfig config;
+  config.vocab_size = fields.count("vocab_size");
+  config.d_model = fields.count("d_model");
+  config.d_kv = fields.count("d_kv");
+  config.d_ff = fields.count("d_ff");
+  config.num_heads = fields.count("num_heads");
+  config.num_layers = fields.count("num_layers");
+  config.num_decoder_layers = fields.count("num_decoder_layers", config.num_layers);
+  config.kv_groups = fields.count("num_key_value_heads", config.num_heads);
+  config.encoder_kv_groups = fields.count("encoder_num_key_value_heads", config.num_heads);
+  config.relative_attention_num_buckets = fields.count("relative_attention_num_buckets", 32);
+  config.relative_attention_max_distance = fields.count("relative_attention_max_distance", 128);
+  config.layer_norm_epsilon = fields.number("layer_norm_epsilon", 1e-6);
+  config.dropout_rate = fields.number("dropout_rate", 0);
+  try {
+    validate(config);
+  } catch (const UserError& error) {
+    throw UserError("{}: {}", where, error.what());
+  }
+  return config;
+}
+
+index_t parameter_count(const ModelConfig& config) {
+  index_t count = 0;
+  for (const ParameterSpec& spec : parameter_table(config)) {
+    index_t size = 1;
+    for (const index_t extent : spec.shape) size *= extent;
+    count += size;
+  }
+  return count;
+}
+
+}  // namespace regroup
