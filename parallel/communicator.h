@@ -27,7 +27,7 @@ class Communicator {
   double bytes_moved() const { return bytes_; }  // payload handed to collectives
 
  protected:
-  Communicator(std::string name, int rank, int size) : name_(std::move(name)), rank_(rank), size_(size) {}
+  Communicator(std::string name, int rank, int size);
 
  private:
   virtual void do_all_reduce(Tensor x, ReduceOp op) = 0;
