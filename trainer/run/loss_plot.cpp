@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 
 #include "kernels/base/file.h"
+#include "trainer/run/progress.h"
 
 namespace regroup {
 namespace {
@@ -19,7 +20,7 @@ namespace {
 constexpr double kWidth = 880;
 constexpr double kHeight = 520;
 constexpr double kLeft = 72;
-constexpr double kRight = kWidth - 28;
+constexpr double kRight = kWidth - 40;
 constexpr double kTop = 56;
 constexpr double kBottom = kHeight - 60;
 constexpr double kLegendRow = 21;
@@ -108,23 +109,42 @@ Points thinned(const Points& points) {
   return out;
 }
 
-// The smoothed line of a series: half-life 1/100 of its extent.
+// The smoothed line of a series: half-life 1/200 of its extent.
 Points smooth_line(const Points& points) {
   Range x;
   for (const auto& p : points) {
     if (is_finite(p)) x.include(p.x);
   }
-  return x.empty() ? Points{} : smoothed(points, (x.high - x.low) / 100);
+  return x.empty() ? Points{} : smoothed(points, (x.high - x.low) / 200);
 }
 
 std::string tick_label(double value, double spacing) {
-  if (value != 0 && (std::abs(value) >= 1e6 || spacing < 1e-4)) return fmt::format("{:g}", value);
+  if (value != 0 && (std::abs(value) >= 1e9 || spacing < 1e-4)) return fmt::format("{:g}", value);
   int decimals = 0;
   for (double unit = spacing; decimals < 4 && std::abs(unit - std::round(unit)) > 1e-6; unit *= 10)
     ++decimals;
-  std::string text = fmt::format("{:.{}f}", value == 0 ? 0.0 : value, decimals);
-  if (decimals == 0 && std::abs(value) >= 10000) text.insert(text.size() - 3, ",");
-  return text;
+  if (decimals == 0) return format_count(std::llround(value));
+  return fmt::format("{:.{}f}", value == 0 ? 0.0 : value, decimals);
+}
+
+// The extent of the points. Of a noisy series that of its line and all but the outermost hundredth of its
+// values: a spike may leave the picture.
+void include(Range& x, Range& y, const PlotSeries& series) {
+  std::vector<double> values;
+  for (const auto& p : series.points) {
+    if (!is_finite(p)) continue;
+    x.include(p.x);
+    values.push_back(p.y);
+  }
+  if (values.empty()) return;
+  const std::size_t spared = series.style == PlotStyle::kSmoothed ? values.size() / 200 : 0;
+  std::sort(values.begin(), values.end());
+  y.include(values[spared]);
+  y.include(values[values.size() - 1 - spared]);
+  if (series.style != PlotStyle::kSmoothed) return;
+  for (const auto& p : smooth_line(series.points)) {
+    if (is_finite(p)) y.include(p.y);
+  }
 }
 
 class Drawing {
@@ -279,18 +299,33 @@ void Drawing::legend(const LossPlot& plot) {
 }  // namespace
 
 std::vector<PlotPoint> smoothed(const std::vector<PlotPoint>& points, double half_life) {
+  if (!(half_life > 0)) return points;
+  struct Sums {
+    double values = 0;
+    double weights = 0;
+  };
+  // At each finite point, the weighted sums over it and the points before it in the iterators' order.
+  const auto sums_along = [half_life](auto begin, auto end, auto out) {
+    Sums sums;
+    double last_x = begin == end ? 0.0 : begin->x;
+    for (; begin != end; ++begin, ++out) {
+      if (!is_finite(*begin)) continue;
+      const double decay = sums.weights > 0 ? std::exp2(-std::abs(begin->x - last_x) / half_life) : 0.0;
+      sums = {decay * sums.values + begin->y, decay * sums.weights + 1};
+      last_x = begin->x;
+      *out = sums;
+    }
+  };
+  std::vector<Sums> before(points.size());
+  std::vector<Sums> after(points.size());
+  sums_along(points.begin(), points.end(), before.begin());
+  sums_along(points.rbegin(), points.rend(), after.rbegin());
+
   std::vector<PlotPoint> out = points;
-  double sum = 0;     // of the values, each with its weight
-  double weight = 0;  // of all points so far
-  const PlotPoint* last = nullptr;
   for (std::size_t i = 0; i < points.size(); ++i) {
-    if (!is_finite(points[i])) continue;
-    const double decay =
-        last != nullptr && half_life > 0 ? std::exp2(-(points[i].x - last->x) / half_life) : 0.0;
-    sum = decay * sum + points[i].y;
-    weight = decay * weight + 1;
-    out[i].y = sum / weight;
-    last = &points[i];
+    if (!is_finite(points[i])) continue;  // the point itself is in both sums
+    out[i].y =
+        (before[i].values + after[i].values - points[i].y) / (before[i].weights + after[i].weights - 1);
   }
   return out;
 }
@@ -312,15 +347,7 @@ std::vector<double> nice_ticks(double low, double high, int count) {
 std::string loss_plot_svg(const LossPlot& plot) {
   Range x;
   Range y;
-  for (const auto& series : plot.series) {
-    // A spike of a smoothed series may leave the picture; its smoothed line may not.
-    const Points line = series.style == PlotStyle::kSmoothed ? smooth_line(series.points) : series.points;
-    for (const auto& p : line) {
-      if (!is_finite(p)) continue;
-      x.include(p.x);
-      y.include(p.y);
-    }
-  }
+  for (const auto& series : plot.series) include(x, y, series);
   const bool empty = x.empty();
   for (const auto& reference : plot.references) y.include(reference.y);
   if (x.empty()) x = {0, 1};

@@ -39,8 +39,8 @@ struct LossPlot {
   std::vector<PlotReference> references = {};  // the legend gives their values
 };
 
-// Each y replaced by the mean of the points up to it, weighted with 2^(-distance in x / half_life). Points
-// that are not finite stay gaps. A half-life of 0 changes nothing.
+// Each y replaced by the mean of all, weighted with 2^(-distance in x / half_life): both sides count, so the
+// line does not lag behind. Points that are not finite stay gaps. A half-life of 0 changes nothing.
 std::vector<PlotPoint> smoothed(const std::vector<PlotPoint>& points, double half_life);
 
 // Round tick values (1, 2, 2.5 or 5 times a power of ten apart) within [low, high], about `count` of them.
