@@ -1,0 +1,129 @@
+// Vectors of one register and what attention's products keep in a lane.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/vector_math.h"
+#include "kernels/dtype.h"
+
+namespace regroup::attention {
+
+// The widest register of the processor compiled for: 64 bytes with AVX-512, 32 with AVX, else 16.
+inline constexpr int kVectorBytes = __BIGGEST_ALIGNMENT__ < 64 ? __BIGGEST_ALIGNMENT__ : 64;
+
+template <class S>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(kVectorBytes)));
+};
+// A register of S, with the arithmetic of GCC's vector extension.
+template <class S>
+using Vector = typename VectorOf<S>::type;
+template <class S>
+inline constexpr index_t kLanes = kVectorBytes / sizeof(S);
+
+inline constexpr index_t round_up(index_t n, index_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// A unit is what one lane of an operand holds: one number, or for bfloat16 two consecutive terms of the
+// contraction (the first in the low half), as vdpbf16ps wants them.
+template <class T>
+using Unit = std::conditional_t<std::is_same_v<T, bfloat16>, std::uint32_t, T>;
+template <class T>
+inline constexpr index_t kTerms = std::is_same_v<T, bfloat16> ? 2 : 1;
+
+// The contraction's first term and second; the second does not exist but for bfloat16.
+template <class T>
+Unit<T> make_unit(T first, [[maybe_unused]] T second) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return first.bits | std::uint32_t{second.bits} << 16;
+  } else {
+    return first;
+  }
+}
+
+template <class S>
+inline Vector<S> load(const S* p) {
+  Vector<S> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class S>
+inline void save(S* p, const Vector<S>& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// sum += a b, lane by lane, over the terms of a unit.
+template <class S>
+inline void multiply_add(Vector<S>& sum, S a, const Vector<S>& b) {
+  sum += a * b;
+}
+inline void multiply_add(Vector<float>& sum, std::uint32_t a, const Vector<std::uint32_t>& b) {
+#if defined(__AVX512BF16__)
+  sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                                        (__m512bh)b);
+#else
+  constexpr std::uint32_t kSecond = 0xFFFF0000;
+  sum += std::bit_cast<float>(a & kSecond) * std::bit_cast<Vector<float> >(b & kSecond);
+  sum += std::bit_cast<float>(a << 16) * std::bit_cast<Vector<float> >(b << 16);
+#endif
+}
+
+// y[l] = x[l] in T, of one register of x.
+template <class S>
+inline void save_as(S* y, const Vector<S>& x) {
+  save<S>(y, x);
+}
+inline void save_as(bfloat16* y, const Vector<float>& x) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(static_cast<void*>(y), &rounded, sizeof rounded);
+#else
+  for (index_t l = 0; l < kLanes<float>; ++l) store(y[l], x[l]);
+#endif
+}
+
+// Two rows of one register, interleaved into units: y[l] = (first[l], second[l]).
+inline void save_units(std::uint32_t* y, const Vector<float>& first, const Vector<float>& second) {
+#if defined(__AVX512BF16__)
+  typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  const auto widened = [](const Vector<float>& x) {
+    return __builtin_convertvector((Half)_mm512_cvtneps_pbh((__m512)x), Vector<std::uint32_t>);
+  };
+  save<std::uint32_t>(y, widened(first) | widened(second) << 16);
+#else
+  for (index_t l = 0; l < kLanes<float>; ++l) y[l] = make_unit(bfloat16(first[l]), bfloat16(second[l]));
+#endif
+}
+
+// e^(x - shift)
+template <class S>
+inline Vector<S> exponential(const Vector<S>& x, S shift) {
+  alignas(kVectorBytes) S y[kLanes<S>];
+  save<S>(y, x - shift);
+#pragma omp simd
+  for (index_t l = 0; l < kLanes<S>; ++l) y[l] = vector_exp(y[l]);
+  return load<S>(y);
+}
+
+template <class S>
+inline S sum_of(const Vector<S>& x) {
+  S sum = 0;
+  for (index_t l = 0; l < kLanes<S>; ++l) sum += x[l];
+  return sum;
+}
+template <class S>
+inline S largest_of(const Vector<S>& x) {
+  S largest = x[0];
+  for (index_t l = 1; l < kLanes<S>; ++l) largest = x[l] > largest ? x[l] : largest;
+  return largest;
+}
+
+}  // namespace regroup::attention
