@@ -65,13 +65,17 @@ std::uint64_t safetensors_header_length(std::span<const std::byte> prefix, std::
 
 // Parses and checks everything: `prefix` is the file's first bytes, at least 8 + N of them; nothing else is
 // read. UserError "<where>: ..." naming the tensor for JSON that is broken, nested too deeply or not the
-// schema above, names or keys given twice, unknown types, negative or overflowing shapes, offsets that do not
-// match type and shape, overlap, leave holes, or do not end where the file ends (truncated). Throws nothing
-// else, whatever the bytes are.
+// schema above, names or keys given twice or with control characters, unknown types, negative or overflowing
+// shapes, offsets that do not match type and shape, overlap, leave holes, or do not end where the file ends
+// (truncated). Throws nothing else, whatever the bytes are.
 SafetensorsHeader parse_safetensors_header(std::span<const std::byte> prefix, std::uint64_t file_size,
                                            std::string_view where);
 // The same of an open file.
 SafetensorsHeader read_safetensors_header(const InputFile& file);
+
+// Text that came from a file, fit for one line of an error message: cut to 100 bytes, control characters as
+// '?'.
+std::string printable(std::string_view text);
 
 // The start of a file that is to hold tensors: `bytes` (the length field, JSON, padding to a multiple of 8),
 // the tensors with their offsets set, in the order in which they lie: wider types first so that each is

@@ -1,0 +1,335 @@
+#include "trainer/checkpoint/checkpoint_reader.h"
+
+#include <algorithm>
+#include <bit>
+#include <functional>
+#include <numeric>
+#include <set>
+#include <string_view>
+#include <utility>
+
+#include <fmt/ranges.h>
+#include <nlohmann/json.hpp>
+
+#include "kernels/base/error.h"
+#include "parallel/mpi_file.h"
+
+namespace regroup {
+namespace {
+
+static_assert(std::endian::native == std::endian::little,
+              "safetensors files are read without swapping bytes");
+
+std::string shape_text(const std::vector<index_t>& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
+
+// Whether transformers may have stored it beside what the model needs.
+bool is_ignorable(std::string_view name) {
+  return name == "encoder.embed_tokens.weight" || name == "decoder.embed_tokens.weight" ||
+         name.ends_with("EncDecAttention.relative_attention_bias.weight");
+}
+
+// {tensor: file} of an index file, whose names must be plain: nothing outside its directory is opened.
+std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index) {
+  constexpr std::uint64_t kLimit = std::uint64_t{1} << 28;
+  const std::string where = index.string();
+  std::set<std::pair<std::string, std::string>> keys;  // of the root, and of its objects
+  std::string root, twice;
+  const auto note_keys = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json& value) {
+    if (event != nlohmann::json::parse_event_t::key || depth > 2) return true;
+    const auto key = value.get<std::string>();
+    if (depth == 1) root = key;
+    if (!keys.emplace(root, depth == 1 ? "" : key).second) twice = key;
+    return true;
+  };
+  const auto json = nlohmann::json::parse(read_text(index, kLimit), note_keys, /*allow_exceptions=*/false);
+  if (json.is_discarded()) throw UserError("{}: it is not valid JSON", where);
+  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object() ||
+      json["weight_map"].empty()) {
+    throw UserError("{}: it has no \"weight_map\" of tensors to files", where);
+  }
+  if (!twice.empty()) throw UserError("{}: the key '{}' is there twice", where, printable(twice));
+  std::map<std::string, std::string> result;
+  for (const auto& [tensor, file] : json["weight_map"].items()) {
+    if (!file.is_string())
+      throw UserError("{}: the file of tensor '{}' is not a text", where, printable(tensor));
+    const auto name = file.get<std::string>();
+    if (name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos ||
+        !name.ends_with(".safetensors")) {
+      throw UserError(
+          "{}: the file of tensor '{}' must be the name of a .safetensors file in the same directory", where,
+          tensor);
+    }
+    result.emplace(tensor, name);
+  }
+  return result;
+}
+
+template <class Stored, class Out>
+void convert(const std::byte* from, index_t count, Out* to) {
+  const auto* values = reinterpret_cast<const Stored*>(from);
+  for (index_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<Stored, std::uint16_t>) {
+      to[i] = static_cast<Out>(half_to_float(values[i]));
+    } else if constexpr (std::is_same_v<Stored, bfloat16>) {
+      to[i] = static_cast<Out>(static_cast<float>(values[i]));
+    } else {
+      to[i] = static_cast<Out>(values[i]);
+    }
+  }
+}
+
+template <class Out>
+void convert(StoredType type, const std::byte* from, index_t count, Out* to) {
+  switch (type) {
+    case StoredType::kF64:
+      return convert<double>(from, count, to);
+    case StoredType::kF32:
+      return convert<float>(from, count, to);
+    case StoredType::kF16:
+      return convert<std::uint16_t>(from, count, to);
+    case StoredType::kBF16:
+      return convert<bfloat16>(from, count, to);
+    default:
+      throw InternalError("{} cannot be converted", name_of(type));
+  }
+}
+
+bool is_floating(StoredType type) {
+  return type == StoredType::kF64 || type == StoredType::kF32 || type == StoredType::kF16 ||
+         type == StoredType::kBF16;
+}
+
+// Reads `block` (memory not set) of elements of `type` and converts them into `out`, a few rows of dimension
+// 0 at a time so that little is staged.
+void read_converted(const std::filesystem::path& file, const FileBlock& block, StoredType type,
+                    const Tensor& out) {
+  constexpr index_t kStagedBytes = index_t{4} << 20;
+  const index_t row_bytes =
+      std::accumulate(block.shape.begin() + 1, block.shape.end(), block.element_bytes, std::multiplies<>());
+  const bool by_rows = block.dim == 0;
+  const index_t first = by_rows ? block.begin : 0;
+  const index_t rows = (by_rows ? block.end : block.shape[0]) - first;
+  if (rows == 0 || out.numel() == 0) return;
+  const index_t row_elements = out.numel() / rows;
+  const index_t step = std::clamp<index_t>(kStagedBytes / (row_elements * block.element_bytes), 1, rows);
+  std::vector<std::byte> staged(static_cast<std::size_t>(step * row_elements * block.element_bytes));
+  for (index_t row = 0; row < rows; row += step) {
+    const index_t count = std::min(step, rows - row);
+    FileBlock part = block;
+    part.offset += static_cast<std::uint64_t>((first + row) * row_bytes);
+    part.shape[0] = count;
+    if (by_rows) {
+      part.begin = 0;
+      part.end = count;
+    }
+    part.memory = staged.data();
+    read_blocks(file, {part});
+    const index_t at = row * row_elements;
+    if (out.dtype == DType::kFloat64) {
+      convert(type, staged.data(), count * row_elements, out.as<double>() + at);
+    } else {
+      convert(type, staged.data(), count * row_elements, out.as<float>() + at);
+    }
+  }
+}
+
+// "3 missing (a, b, c)", at most a line of them.
+void list(std::vector<std::string>& complaints, const char* what, const std::vector<std::string>& names) {
+  constexpr std::size_t kListed = 20;
+  if (names.empty()) return;
+  const std::size_t shown = std::min(names.size(), kListed);
+  complaints.push_back(
+      fmt::format("{} {} ({}{})", names.size(), what,
+                  fmt::join(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
+                  shown < names.size() ? ", ..." : ""));
+}
+
+template <class Table>
+std::map<std::string, std::vector<index_t>> shapes_of(const Table& table) {
+  std::map<std::string, std::vector<index_t>> shapes;
+  for (const auto& row : table) shapes.emplace(row.name, row.shape);
+  return shapes;
+}
+
+}  // namespace
+
+float half_to_float(std::uint16_t bits) {
+  const std::uint32_t sign = (bits & 0x8000U) << 16;
+  const std::uint32_t exponent = (bits >> 10) & 0x1FU;
+  const std::uint32_t fraction = bits & 0x3FFU;
+  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24, exact in a float
+    return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(static_cast<float>(fraction) * 0x1p-24F));
+  }
+  const std::uint32_t rebiased = exponent == 31 ? 255 : exponent + 127 - 15;
+  return std::bit_cast<float>(sign | (rebiased << 23) | (fraction << 13));
+}
+
+CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std::string& stem) : path_(path) {
+  std::error_code ignored;
+  const auto single = path / (stem + ".safetensors");
+  const auto index = path / (stem + ".safetensors.index.json");
+  if (std::filesystem::is_regular_file(path, ignored)) {
+    add_file(path);
+  } else if (!std::filesystem::is_directory(path, ignored)) {
+    throw UserError("there is no checkpoint at {}: no such file or directory", path.string());
+  } else if (std::filesystem::exists(single, ignored)) {
+    add_file(single);
+  } else if (std::filesystem::exists(index, ignored)) {
+    open_indexed(index);
+  } else {
+    throw UserError("there is no checkpoint in {}: it has neither {} nor {}", path.string(),
+                    single.filename().string(), index.filename().string());
+  }
+}
+
+bool CheckpointReader::exists(const std::filesystem::path& directory, const std::string& stem) {
+  std::error_code ignored;
+  return std::filesystem::is_regular_file(directory / (stem + ".safetensors"), ignored) ||
+         std::filesystem::is_regular_file(directory / (stem + ".safetensors.index.json"), ignored);
+}
+
+void CheckpointReader::add_file(const std::filesystem::path& file) {
+  SafetensorsHeader header = read_safetensors_header(InputFile(file));
+  files_.push_back(file);
+  if (files_.size() == 1) metadata_ = std::move(header.metadata);
+  for (StoredTensor& tensor : header.tensors) {
+    const std::string name = tensor.name;
+    const auto [at, fresh] = locations_.emplace(name, Location{files_.size() - 1, std::move(tensor)});
+    if (!fresh) {
+      throw UserError("{}: the tensor '{}' is in {} too", file.string(), name,
+                      files_[at->second.file].string());
+    }
+  }
+}
+
+void CheckpointReader::open_indexed(const std::filesystem::path& index) {
+  const auto weight_map = read_weight_map(index);
+  std::set<std::string> names;
+  for (const auto& [tensor, file] : weight_map) names.insert(file);
+  for (const std::string& name : names) {
+    std::error_code ignored;
+    if (!std::filesystem::exists(index.parent_path() / name, ignored)) {
+      throw UserError("{}: the file {} that it names is missing", index.string(), printable(name));
+    }
+    add_file(index.parent_path() / name);
+  }
+  for (const auto& [tensor, file] : weight_map) {
+    const auto at = locations_.find(tensor);
+    if (at == locations_.end() || files_[at->second.file].filename() != file) {
+      throw UserError("{}: the tensor '{}' is not in {}, where it should be", index.string(),
+                      printable(tensor), file);
+    }
+  }
+  for (const auto& [tensor, location] : locations_) {
+    if (!weight_map.contains(tensor)) {
+      throw UserError("{}: the tensor '{}' of {} is not in the index", index.string(), tensor,
+                      files_[location.file].filename().string());
+    }
+  }
+}
+
+std::vector<const StoredTensor*> CheckpointReader::tensors() const {
+  std::vector<const StoredTensor*> all;
+  for (const auto& [name, location] : locations_) all.push_back(&location.tensor);
+  return all;
+}
+
+const StoredTensor* CheckpointReader::find(const std::string& name) const {
+  const auto at = locations_.find(name);
+  return at == locations_.end() ? nullptr : &at->second.tensor;
+}
+
+const CheckpointReader::Location& CheckpointReader::locate(const std::string& name) const {
+  const auto at = locations_.find(name);
+  if (at == locations_.end()) throw UserError("{}: there is no tensor '{}'", path_.string(), name);
+  return at->second;
+}
+
+void CheckpointReader::require(std::span<const ParameterSpec> table) const {
+  require_shapes(shapes_of(table));
+}
+void CheckpointReader::require(std::span<const ShardedTensor> table) const {
+  require_shapes(shapes_of(table));
+}
+
+void CheckpointReader::require_shapes(const std::map<std::string, std::vector<index_t>>& expected) const {
+  std::vector<std::string> missing, misshaped, integers, extra;
+  for (const auto& [name, shape] : expected) {
+    const StoredTensor* stored = find(name);
+    if (stored == nullptr) {
+      missing.push_back(name);
+    } else if (stored->shape != shape) {
+      misshaped.push_back(
+          fmt::format("{}: {} instead of {}", name, shape_text(stored->shape), shape_text(shape)));
+    } else if (!is_floating(stored->type)) {
+      integers.push_back(fmt::format("{}: {}", name, name_of(stored->type)));
+    }
+  }
+  for (const auto& [name, location] : locations_) {
+    if (!expected.contains(name) && !is_ignorable(name)) extra.push_back(name);
+  }
+  std::vector<std::string> complaints;
+  list(complaints, "missing", missing);
+  list(complaints, "of another shape", misshaped);
+  list(complaints, "of a type that is not floating point", integers);
+  list(complaints, "unknown", extra);
+  if (complaints.empty()) return;
+  throw UserError("{}: these are not the {} tensors that the configuration asks for: {}", path_.string(),
+                  expected.size(), fmt::join(complaints, "; "));
+}
+
+void CheckpointReader::read(const std::string& name, int dim, index_t begin, index_t end,
+                            const Tensor& out) const {
+  const Location& location = locate(name);
+  const StoredTensor& stored = location.tensor;
+  const std::filesystem::path& file = files_[location.file];
+  if (!is_floating(stored.type)) {
+    throw UserError("{}: tensor '{}' is of type {}; F64, F32, F16 or BF16 is needed", file.string(), name,
+                    name_of(stored.type));
+  }
+  std::vector<index_t> rows = stored.shape;
+  if (rows.empty()) {  // a scalar: one row of one
+    rows = {1};
+    begin = 0;
+    end = 1;
+  }
+  check(0 <= dim && dim < static_cast<int>(rows.size()) && 0 <= begin && begin <= end &&
+            end <= rows[static_cast<std::size_t>(dim)],
+        "[{}, {}) of dimension {} of '{}', which is {}", begin, end, dim, name, shape_text(stored.shape));
+  auto expected = rows;
+  expected[static_cast<std::size_t>(dim)] = end - begin;
+  const auto count = std::accumulate(expected.begin(), expected.end(), index_t{1}, std::multiplies<>());
+  check(out.is_contiguous() && out.numel() == count &&
+            (stored.shape.empty() || (out.rank == static_cast<int>(expected.size()) &&
+                                      std::equal(expected.begin(), expected.end(), out.shape.begin()))),
+        "a slice of '{}' of shape {} is read into {}", name, shape_text(expected), out.describe());
+  check(out.dtype == DType::kFloat32 || out.dtype == DType::kFloat64, "'{}' is read into {}", name,
+        out.describe());
+  if (count == 0) return;
+  FileBlock block = {.offset = stored.begin,
+                     .shape = rows,
+                     .element_bytes = size_of(stored.type),
+                     .dim = dim,
+                     .begin = begin,
+                     .end = end,
+                     .memory = static_cast<std::byte*>(out.data)};
+  if (stored.type == stored_type(out.dtype)) {
+    read_blocks(file, {block});
+  } else {
+    read_converted(file, block, stored.type, out);
+  }
+}
+
+void CheckpointReader::read(const ShardedTensor& destination) const {
+  const Location& location = locate(destination.name);
+  if (location.tensor.shape != destination.shape) {
+    throw UserError("{}: tensor '{}' has the shape {}; {} is needed", files_[location.file].string(),
+                    destination.name, shape_text(location.tensor.shape), shape_text(destination.shape));
+  }
+  read(destination.name, destination.slice.dim, destination.slice.begin, destination.slice.end,
+       destination.local);
+}
+
+}  // namespace regroup

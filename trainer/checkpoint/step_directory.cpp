@@ -1,0 +1,298 @@
+#include "trainer/checkpoint/step_directory.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <system_error>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "kernels/base/file.h"
+
+namespace regroup {
+namespace {
+
+constexpr const char* kStateFile = "trainer.json";
+constexpr const char* kLatestFile = "latest";
+constexpr const char* kPartial = ".partial";
+constexpr const char* kDeleting = ".deleting";
+constexpr std::uint64_t kChecksumBlock = std::uint64_t{4} << 20;
+
+std::string name_of_step(index_t step) { return fmt::format("step-{:08}", step); }
+
+// The step a directory is of, if its name is exactly that of a complete one.
+std::optional<index_t> step_of(const std::string& name) {
+  constexpr std::size_t kPrefix = 5;
+  constexpr std::size_t kMostDigits = 18;  // fits into index_t
+  if (!name.starts_with("step-") || name.size() == kPrefix || name.size() > kPrefix + kMostDigits ||
+      name.find_first_not_of("0123456789", kPrefix) != std::string::npos) {
+    return std::nullopt;
+  }
+  const index_t step = std::stoll(name.substr(kPrefix));
+  return name == name_of_step(step) ? std::optional(step) : std::nullopt;
+}
+
+std::string hexadecimal(std::uint64_t value) { return fmt::format("{:016x}", value); }
+
+std::string text_of(const nlohmann::json& json) {
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+// Of everything in `state` but the checksum itself.
+std::string own_checksum(nlohmann::json state) {
+  state.erase("checksum");
+  const std::string text = text_of(state);
+  return hexadecimal(checksum(std::as_bytes(std::span(text.data(), text.size()))));
+}
+
+void remove_tree(const std::filesystem::path& path) {
+  std::error_code error;
+  std::filesystem::remove_all(path, error);
+  if (error) throw UserError("cannot remove {}: {}", path.string(), error.message());
+}
+
+// The names in a directory, sorted; none where there is no such directory.
+std::vector<std::string> names_in(const std::filesystem::path& directory) {
+  std::vector<std::string> names;
+  std::error_code error;
+  if (!std::filesystem::exists(directory, error)) return names;
+  for (std::filesystem::directory_iterator at(directory, error), end; !error && at != end;
+       at.increment(error)) {
+    names.push_back(at->path().filename().string());
+  }
+  if (error) throw UserError("cannot list {}: {}", directory.string(), error.message());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+// Rank 0's answer, on every rank; its error, on every rank.
+template <class Work>
+nlohmann::json ask_root(const ProcessGroup& group, Work&& work) {
+  std::string answer;
+  group.run_on(0, [&] { answer = nlohmann::json(work()).dump(); });
+  return nlohmann::json::parse(group.broadcast(answer));
+}
+
+// Whether every entry of "files" is {plain name: {"bytes": count, "checksum": text}}.
+bool lists_files(const nlohmann::json& state) {
+  if (!state.contains("files") || !state["files"].is_object()) return false;
+  for (const auto& [name, entry] : state["files"].items()) {
+    const bool sound = entry.is_object() && entry.contains("bytes") && entry["bytes"].is_number_unsigned() &&
+                       entry.contains("checksum") && entry["checksum"].is_string();
+    if (!sound || name.empty() || name.find('/') != std::string::npos) return false;
+  }
+  return true;
+}
+
+nlohmann::json parse_state(const std::filesystem::path& file) {
+  constexpr std::uint64_t kLimit = std::uint64_t{1} << 26;
+  const std::string text = read_text(file, kLimit);
+  const auto state = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const bool intact = state.is_object() && lists_files(state) && state.contains("checksum") &&
+                      state["checksum"] == own_checksum(state) && text == text_of(state);
+  if (!intact) {
+    throw UserError("{} is damaged; remove {} to go on from an earlier checkpoint", file.string(),
+                    file.parent_path().string());
+  }
+  return state;
+}
+
+// Whether each of the files that `state` lists is there and has its size.
+void check_sizes(const std::filesystem::path& directory, const nlohmann::json& state) {
+  for (const auto& [name, entry] : state["files"].items()) {
+    const auto path = directory / name;
+    const auto expected = entry.at("bytes").get<std::uint64_t>();
+    std::error_code error;
+    const auto found = std::filesystem::file_size(path, error);
+    if (error) {
+      throw UserError("{} is missing ({}); remove {} to go on from an earlier checkpoint", path.string(),
+                      error.message(), directory.string());
+    }
+    if (found != expected) {
+      throw UserError(
+          "{} is damaged: it has {} bytes, not the {} that were written; remove {} to go on from an earlier "
+          "checkpoint",
+          path.string(), found, expected, directory.string());
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
+                                          const std::vector<std::filesystem::path>& files) {
+  const std::vector<std::uint64_t> sizes = ask_root(group, [&] {
+    std::vector<std::uint64_t> found;
+    for (const auto& file : files) found.push_back(InputFile(file).size());
+    return found;
+  });
+  const auto ranks = static_cast<std::uint64_t>(group.size());
+  const auto me = static_cast<std::uint64_t>(group.rank());
+  std::vector<std::uint64_t> mine;
+  group.run_together([&] {
+    std::vector<std::byte> block;
+    std::uint64_t number = 0;  // of a block, through all files
+    for (std::size_t f = 0; f < files.size(); ++f) {
+      const InputFile file(files[f]);
+      for (std::uint64_t offset = 0; offset < sizes[f]; offset += kChecksumBlock) {
+        if (number++ % ranks != me) continue;
+        block.resize(std::min(kChecksumBlock, sizes[f] - offset));
+        file.read(offset, block);
+        mine.push_back(checksum(block));
+      }
+    }
+  });
+  const auto blocks = group.all_gather(mine);
+  std::vector<std::uint64_t> result;
+  std::uint64_t number = 0;
+  for (const std::uint64_t size : sizes) {
+    std::vector<std::uint64_t> of_file;
+    for (std::uint64_t offset = 0; offset < size; offset += kChecksumBlock, ++number) {
+      of_file.push_back(blocks[number % ranks][number / ranks]);
+    }
+    result.push_back(checksum(std::as_bytes(std::span(of_file))));
+  }
+  return result;
+}
+
+PendingStep::PendingStep(ProcessGroup group, std::filesystem::path path, std::filesystem::path final_path)
+    : group_(std::move(group)), path_(std::move(path)), final_path_(std::move(final_path)) {}
+
+PendingStep::PendingStep(PendingStep&& other) noexcept
+    : group_(other.group_),
+      path_(std::exchange(other.path_, {})),
+      final_path_(std::move(other.final_path_)) {}
+
+PendingStep::~PendingStep() {
+  if (path_.empty() || group_.rank() != 0) return;
+  std::error_code ignored;  // what cannot be removed now, the next job's prepare() removes
+  std::filesystem::remove_all(path_, ignored);
+}
+
+void PendingStep::write_text(const std::string& name, std::string_view text) const {
+  group_.run_on(0, [&] { regroup::write_text(path_ / name, text); });
+}
+
+void PendingStep::copy_file(const std::string& name, const std::filesystem::path& source) const {
+  group_.run_on(0, [&] {
+    std::error_code error;
+    std::filesystem::copy_file(source, path_ / name, error);
+    if (error) {
+      throw UserError("cannot copy {} to {}: {}", source.string(), (path_ / name).string(), error.message());
+    }
+  });
+}
+
+void PendingStep::commit(nlohmann::json state) {
+  check(!path_.empty() && state.is_object(),
+        "a checkpoint is committed twice, or its state is not an object");
+  group_.barrier();
+  const std::vector<std::string> names = ask_root(group_, [&] { return names_in(path_); });
+  std::vector<std::filesystem::path> files;
+  for (const std::string& name : names) files.push_back(path_ / name);
+  const auto checksums = tree_checksums(group_, files);
+  group_.run_on(0, [&] {
+    state["files"] = nlohmann::json::object();
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      state["files"][names[i]] = {{"bytes", std::filesystem::file_size(files[i])},
+                                  {"checksum", hexadecimal(checksums[i])}};
+    }
+    state["checksum"] = own_checksum(state);
+    for (const auto& file : files) sync_to_disk(file);
+    regroup::write_text(path_ / kStateFile, text_of(state));
+    sync_to_disk(path_);
+    rename_durably(path_, final_path_);
+  });
+  path_.clear();
+  group_.run_on(0, [&] {
+    regroup::write_text(final_path_.parent_path() / kLatestFile, final_path_.filename().string() + "\n");
+  });
+}
+
+CheckpointStore::CheckpointStore(ProcessGroup group, std::filesystem::path run_directory)
+    : group_(std::move(group)), directory_(std::move(run_directory)) {
+  directory_ /= "checkpoints";
+}
+
+void CheckpointStore::prepare() const {
+  group_.run_on(0, [&] {
+    regroup::create_directories(directory_);
+    for (const std::string& name : names_in(directory_)) {
+      if (name.ends_with(kPartial) || name.ends_with(kDeleting)) remove_tree(directory_ / name);
+    }
+  });
+}
+
+std::vector<index_t> CheckpointStore::steps() const {
+  return ask_root(group_, [&] {
+    std::vector<index_t> found;
+    for (const std::string& name : names_in(directory_)) {
+      const auto step = step_of(name);
+      if (step && std::filesystem::is_directory(directory_ / name)) found.push_back(*step);
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+  });
+}
+
+std::optional<index_t> CheckpointStore::latest() const {
+  const auto all = steps();
+  return all.empty() ? std::nullopt : std::optional(all.back());
+}
+
+std::filesystem::path CheckpointStore::path_of(index_t step) const { return directory_ / name_of_step(step); }
+
+PendingStep CheckpointStore::begin(index_t step) const {
+  check(step >= 0, "a checkpoint of step {}", step);
+  const auto final_path = path_of(step);
+  auto path = final_path;
+  path += kPartial;
+  group_.run_on(0, [&] {
+    if (std::filesystem::exists(final_path)) {
+      throw UserError("{} exists already; choose another run directory, or remove it", final_path.string());
+    }
+    remove_tree(path);
+    regroup::create_directories(path);
+  });
+  return PendingStep(group_, path, final_path);
+}
+
+nlohmann::json CheckpointStore::state(index_t step) const {
+  return ask_root(group_, [&] { return parse_state(path_of(step) / kStateFile); });
+}
+
+void CheckpointStore::verify(index_t step) const {
+  const auto directory = path_of(step);
+  const auto known = state(step);
+  group_.run_on(0, [&] { check_sizes(directory, known); });
+  std::vector<std::filesystem::path> files;
+  std::vector<std::string> expected;
+  for (const auto& [name, entry] : known["files"].items()) {
+    files.push_back(directory / name);
+    expected.push_back(entry.at("checksum").get<std::string>());
+  }
+  const auto found = tree_checksums(group_, files);
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    if (hexadecimal(found[i]) == expected[i]) continue;
+    throw UserError(
+        "{} is damaged: its checksum is {}, not {}; remove {} to go on from an earlier checkpoint",
+        files[i].string(), hexadecimal(found[i]), expected[i], directory.string());
+  }
+}
+
+void CheckpointStore::prune(index_t keep_last, index_t keep_every) const {
+  const auto all = steps();
+  const auto kept = static_cast<std::size_t>(std::max<index_t>(keep_last, 1));
+  group_.run_on(0, [&] {
+    for (std::size_t i = 0; i + kept < all.size(); ++i) {
+      if (keep_every > 0 && all[i] % keep_every == 0) continue;
+      const auto path = path_of(all[i]);
+      auto aside = path;
+      aside += kDeleting;
+      remove_tree(aside);
+      rename_durably(path, aside);
+      remove_tree(aside);
+    }
+  });
+}
+
+}  // namespace regroup
