@@ -18,7 +18,7 @@
 namespace regroup {
 
 struct SampleOptions {
-  SpanCorruption corruption;
+  SpanCorruption corruption = {};
   std::uint64_t seed = 0;  // of the order and of the masks
   // In the order of SampleOrder (training), or window n of the split as sample n (evaluation).
   bool shuffle = true;

@@ -18,7 +18,7 @@ struct CorpusOptions {
   std::filesystem::path output;               // the corpus folder
   double heldout_fraction = 0.005;            // share of the documents that is kept from training
   std::uint64_t shard_tokens = std::uint64_t{64} << 20;
-  TextOptions text;
+  TextOptions text = {};
   bool overwrite = false;  // replace a corpus of another recipe
 };
 

@@ -62,7 +62,7 @@ struct TokenizerTraining {
   std::int64_t max_sentences =
       1000000;             // lines trained on, drawn uniformly; bounds memory (each <= 4,192 bytes)
   std::uint64_t seed = 0;  // of that draw
-  TextOptions text;
+  TextOptions text = {};
 };
 
 // Trains a unigram vocabulary on the documents of `inputs` (files or folders, see find_text()) and writes the

@@ -81,7 +81,7 @@ inline std::string make_text(std::uint64_t seed, int words) {
 // Trains a vocabulary of 120 pieces on such text.
 inline std::filesystem::path make_vocabulary(const TemporaryFolder& folder) {
   write_bytes(folder / "vocabulary.txt", make_text(99, 4000));
-  train_tokenizer({folder / "vocabulary.txt"}, folder / "small.model", {.vocab_pieces = 120, .text = {}});
+  train_tokenizer({folder / "vocabulary.txt"}, folder / "small.model", {.vocab_pieces = 120});
   return folder / "small.model";
 }
 

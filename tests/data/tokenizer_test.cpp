@@ -86,7 +86,7 @@ TEST(TokenizerTraining, GivesT5sIdsAndTheSameFileTwice) {
     EXPECT_GT(id, Tokenizer::kUnknown);
     EXPECT_LT(id, tokenizer.piece_count());
   }
-  train_tokenizer({folder / "vocabulary.txt"}, folder / "again.model", {.vocab_pieces = 120, .text = {}});
+  train_tokenizer({folder / "vocabulary.txt"}, folder / "again.model", {.vocab_pieces = 120});
   EXPECT_EQ(test::read_bytes(model), test::read_bytes(folder / "again.model"));
   EXPECT_EQ(Tokenizer(folder / "again.model").checksum(), tokenizer.checksum());
 }
@@ -94,7 +94,7 @@ TEST(TokenizerTraining, GivesT5sIdsAndTheSameFileTwice) {
 TEST(TokenizerTraining, DrawsNoMoreSentencesThanAsked) {
   const TemporaryFolder folder;
   test::write_bytes(folder / "a.txt", test::make_text(1, 20000));
-  const TokenizerTraining options{.vocab_pieces = 100, .max_sentences = 200, .seed = 3, .text = {}};
+  const TokenizerTraining options{.vocab_pieces = 100, .max_sentences = 200, .seed = 3};
   train_tokenizer({folder / "a.txt"}, folder / "one.model", options);
   train_tokenizer({folder / "a.txt"}, folder / "two.model", options);
   EXPECT_EQ(test::read_bytes(folder / "one.model"), test::read_bytes(folder / "two.model"));
@@ -105,9 +105,8 @@ TEST(TokenizerTraining, ExplainsWhatCannotBeTrained) {
   test::write_bytes(folder / "short.txt", "a few words only, and then a few words more\n");
   test::write_bytes(folder / "blank.txt", " \n\n");
   const auto train = [&](const char* text, std::int32_t pieces) {
-    return error_of([&] {
-      train_tokenizer({folder / text}, folder / "out.model", {.vocab_pieces = pieces, .text = {}});
-    });
+    return error_of(
+        [&] { train_tokenizer({folder / text}, folder / "out.model", {.vocab_pieces = pieces}); });
   };
   EXPECT_NE(train("short.txt", 5000).find("too small for 5000 pieces; ask for at most"), std::string::npos)
       << train("short.txt", 5000);
@@ -118,8 +117,7 @@ TEST(TokenizerTraining, ExplainsWhatCannotBeTrained) {
   EXPECT_FALSE(std::filesystem::exists(folder / "out.model"));
   test::write_bytes(folder / "good.txt", test::make_text(1, 4000));
   EXPECT_NE(error_of([&] {
-              train_tokenizer({folder / "good.txt"}, folder / "no" / "out.model",
-                              {.vocab_pieces = 100, .text = {}});
+              train_tokenizer({folder / "good.txt"}, folder / "no" / "out.model", {.vocab_pieces = 100});
             }).find("out.model"),
             std::string::npos);
 }
