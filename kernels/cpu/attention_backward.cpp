@@ -132,12 +132,8 @@ class Backward {
     dout_rows_ = pack_right<T>(dout, rows, shape_.size, padded, work_.dout_rows);
     const S* log_sum_exp = x_.log_sum_exp.as<S>() + (sample * shape_.heads + head) * shape_.queries + first;
     for (index_t r = 0; r < padded; ++r) {
-      S delta = 0;
-      for (index_t n = 0; n < shape_.size && r < rows; ++n) {
-        delta +=
-            static_cast<S>(dout.data[r * dout.stride + n]) * static_cast<S>(out.data[r * out.stride + n]);
-      }
-      work_.delta[r] = delta;
+      work_.delta[r] =
+          r < rows ? dot<T>(dout.data + r * dout.stride, out.data + r * out.stride, shape_.size) : S{0};
       work_.log_sum_exp[r] = r < rows ? log_sum_exp[r] : std::numeric_limits<S>::infinity();
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -71,36 +72,97 @@ inline void multiply_add(Vector<float>& sum, std::uint32_t a, const Vector<std::
                                         (__m512bh)b);
 #else
   constexpr std::uint32_t kSecond = 0xFFFF0000;
-  sum += std::bit_cast<float>(a & kSecond) * std::bit_cast<Vector<float> >(b & kSecond);
-  sum += std::bit_cast<float>(a << 16) * std::bit_cast<Vector<float> >(b << 16);
+  sum += std::bit_cast<float>(a & kSecond) * std::bit_cast<Vector<float>>(b & kSecond);
+  sum += std::bit_cast<float>(a << 16) * std::bit_cast<Vector<float>>(b << 16);
 #endif
 }
 
+// Sixteen-bit halves of a register's lanes.
+typedef std::uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+
 // y[l] = x[l] in T, of one register of x.
-template <class S>
-inline void save_as(S* y, const Vector<S>& x) {
-  save<S>(y, x);
-}
-inline void save_as(bfloat16* y, const Vector<float>& x) {
+template <class T>
+inline void save_as(T* y, const Vector<stat_t<T>>& x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
 #if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-  std::memcpy(static_cast<void*>(y), &rounded, sizeof rounded);
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(static_cast<void*>(y), &rounded, sizeof rounded);
 #else
-  for (index_t l = 0; l < kLanes<float>; ++l) store(y[l], x[l]);
+    for (index_t l = 0; l < kLanes<float>; ++l) store(y[l], x[l]);
 #endif
+  } else {
+    save<T>(y, x);
+  }
+}
+
+// One register of x in S.
+template <class T>
+inline Vector<stat_t<T>> load_as(const T* x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    HalfVector half;
+    std::memcpy(&half, x, sizeof half);
+    return std::bit_cast<Vector<float>>(__builtin_convertvector(half, Vector<std::uint32_t>) << 16);
+  } else {
+    return load<T>(x);
+  }
 }
 
 // Two rows of one register, interleaved into units: y[l] = (first[l], second[l]).
 inline void save_units(std::uint32_t* y, const Vector<float>& first, const Vector<float>& second) {
 #if defined(__AVX512BF16__)
-  typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   const auto widened = [](const Vector<float>& x) {
-    return __builtin_convertvector((Half)_mm512_cvtneps_pbh((__m512)x), Vector<std::uint32_t>);
+    return __builtin_convertvector((HalfVector)_mm512_cvtneps_pbh((__m512)x), Vector<std::uint32_t>);
   };
   save<std::uint32_t>(y, widened(first) | widened(second) << 16);
 #else
   for (index_t l = 0; l < kLanes<float>; ++l) y[l] = make_unit(bfloat16(first[l]), bfloat16(second[l]));
 #endif
+}
+
+// units[n] = (first[n], second[n])
+template <class T>
+inline void interleave(const T* first, const T* second, index_t count, Unit<T>* units) {
+  if constexpr (kTerms<T> == 1) {
+    std::memcpy(units, first, static_cast<std::size_t>(count) * sizeof(T));
+  } else {
+#pragma omp simd
+    for (index_t n = 0; n < count; ++n) units[n] = first[n].bits | std::uint32_t{second[n].bits} << 16;
+  }
+}
+
+// rows[i][l] <-> rows[l][i]: swaps ever smaller off-diagonal blocks.
+template <class U, int Distance = kVectorBytes / sizeof(U) / 2>
+inline void transpose(Vector<U>* rows) {
+  constexpr int kCount = kVectorBytes / sizeof(U);
+  using Index = std::conditional_t<sizeof(U) == 8, std::int64_t, std::int32_t>;
+  Vector<Index> upper{}, lower{};
+#pragma GCC unroll 16
+  for (int l = 0; l < kCount; ++l) {
+    upper[l] = l & Distance ? kCount + l - Distance : l;
+    lower[l] = l & Distance ? kCount + l : l + Distance;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    if (i & Distance) continue;
+    const Vector<U> a = rows[i], b = rows[i + Distance];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + Distance] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (Distance > 1) transpose<U, Distance / 2>(rows);
+}
+
+// sum_n x[n] y[n]
+template <class T>
+inline stat_t<T> dot(const T* x, const T* y, index_t count) {
+  using S = stat_t<T>;
+  constexpr index_t kWidth = kLanes<S>;
+  Vector<S> sums{};
+  index_t n = 0;
+  for (; n + kWidth <= count; n += kWidth) sums += load_as(x + n) * load_as(y + n);
+  S sum = 0;
+  for (; n < count; ++n) sum += static_cast<S>(x[n]) * static_cast<S>(y[n]);
+  for (index_t l = 0; l < kWidth; ++l) sum += sums[l];
+  return sum;
 }
 
 // e^(x - shift)

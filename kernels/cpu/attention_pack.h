@@ -56,7 +56,7 @@ Right<T> pack_right(Rows<const T> x, index_t rows, index_t columns, index_t padd
       const T* first = x.data + row * x.stride + column;
       if (row + kTerms<T> <= rows) {
         const T* second = first + (kTerms<T> - 1) * x.stride;
-        for (index_t n = 0; n < filled; ++n) units[n] = make_unit(first[n], second[n]);
+        interleave<T>(first, second, filled, units);
       } else if (row < rows) {
         for (index_t n = 0; n < filled; ++n) units[n] = make_unit(first[n], T{});
       } else {
@@ -73,21 +73,27 @@ Right<T> pack_right(Rows<const T> x, index_t rows, index_t columns, index_t padd
 template <class T>
 Right<T> pack_right_transposed(Rows<const T> x, index_t rows, index_t columns, index_t padded_rows,
                                Unit<T>* packed) {
+  constexpr index_t kBlock = kLanes<stat_t<T>>;  // units of a register, too
   const index_t depth = round_up(columns, kTerms<T>) / kTerms<T>;
   const Right<T> right{packed, depth, padded_rows};
-  for (index_t r = 0; r < padded_rows; ++r) {
-    const index_t first = r / kPanel<T> * kPanel<T>, width = right.width(first);
-    Unit<T>* units = packed + first * depth + (r - first);
-    if (r >= rows) {
-      for (index_t k = 0; k < depth; ++k) units[k * width] = Unit<T>{};
-      continue;
+  for (index_t first = 0; first < padded_rows; first += kBlock) {
+    const index_t panel = first / kPanel<T> * kPanel<T>, width = right.width(panel);
+    Unit<T>* units = packed + panel * depth + (first - panel);
+    for (index_t k = 0; k < depth; k += kBlock) {
+      const index_t count = std::min(kBlock, depth - k);  // of units
+      const index_t terms = std::min(kBlock * kTerms<T>, columns - k * kTerms<T>);
+      Vector<Unit<T>> block[kBlock] = {};
+      for (index_t r = 0; r < std::min(kBlock, rows - first); ++r) {
+        const T* row = x.data + (first + r) * x.stride + k * kTerms<T>;
+        if (terms == kBlock * kTerms<T>) {
+          std::memcpy(&block[r], row, sizeof block[r]);
+        } else {
+          std::memcpy(&block[r], row, static_cast<std::size_t>(terms) * sizeof(T));
+        }
+      }
+      transpose<Unit<T>>(block);
+      for (index_t u = 0; u < count; ++u) save<Unit<T>>(units + (k + u) * width, block[u]);
     }
-    const T* row = x.data + r * x.stride;
-    const index_t whole = columns / kTerms<T>;
-    for (index_t k = 0; k < whole; ++k) {
-      units[k * width] = make_unit(row[k * kTerms<T>], row[k * kTerms<T> + kTerms<T> - 1]);
-    }
-    if (whole < depth) units[whole * width] = make_unit(row[columns - 1], T{});
   }
   return right;
 }
@@ -99,7 +105,11 @@ void unpack(Rows<const stat_t<T>> x, const stat_t<T>* factors, index_t rows, ind
     const stat_t<T>* row = x.data + r * x.stride;
     T* out = y.data + r * y.stride;
     const stat_t<T> factor = factors ? factors[r] : stat_t<T>{1};
-    for (index_t n = 0; n < columns; ++n) store(out[n], row[n] * factor);
+    index_t n = 0;
+    for (; n + kLanes<stat_t<T>> <= columns; n += kLanes<stat_t<T>>) {
+      save_as(out + n, load<stat_t<T>>(row + n) * factor);
+    }
+    for (; n < columns; ++n) store(out[n], row[n] * factor);
   }
 }
 
