@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include "parallel/mpi_handle.h"
@@ -169,10 +170,25 @@ std::string ProcessGroup::broadcast(const std::string& text, int root) const {
 
 void ProcessGroup::raise(const std::string& failure) {
   if (failure.empty()) return;
-  const std::string message = failure.substr(1);
-  if (failure[0] == kUserTag) throw UserError("{}", message);
-  if (failure[0] == kSystemTag) throw SystemError("{}", message);
-  throw InternalError("{}", message);
+  const auto raise_as = [&failure]<class E>(std::type_identity<E>) {
+    E error("{}", failure.substr(1));
+    error.set_on_every_rank();
+    throw error;
+  };
+  if (failure[0] == kUserTag) raise_as(std::type_identity<UserError>());
+  if (failure[0] == kSystemTag) raise_as(std::type_identity<SystemError>());
+  raise_as(std::type_identity<InternalError>());
+}
+
+void ProcessGroup::raise_first(const std::vector<std::string>& failures) {
+  for (std::size_t rank = 0; rank < failures.size(); ++rank) {
+    if (failures[rank].empty()) continue;
+    const bool everywhere = std::all_of(failures.begin(), failures.end(), [&](const std::string& failure) {
+      return failure == failures[rank];
+    });
+    raise(everywhere ? failures[rank]
+                     : fmt::format("{}on rank {}: {}", failures[rank][0], rank, failures[rank].substr(1)));
+  }
 }
 
 std::string describe_current_exception() {

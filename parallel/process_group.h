@@ -58,10 +58,11 @@ class ProcessGroup {
     if (rank_ == root) failure = failure_of(work);
     raise(broadcast(failure, root));
   }
-  // Runs `work` on every rank; where it throws on any, every rank throws the error of the lowest such rank.
+  // Runs `work` on every rank; where it throws on any, every rank throws the error of the lowest such rank,
+  // and the message names it unless all failed alike.
   template <class Work>
   void run_together(Work&& work) const {
-    for (const std::string& failure : all_gather(failure_of(work))) raise(failure);
+    raise_first(all_gather(failure_of(work)));
   }
 
   class Handle;  // the MPI_Comm; defined in mpi_handle.h, for files of this folder only
@@ -72,6 +73,7 @@ class ProcessGroup {
   template <class Work>
   static std::string failure_of(Work&& work);  // "" or a tagged message
   static void raise(const std::string& failure);
+  static void raise_first(const std::vector<std::string>& failures);  // by rank
 
   std::shared_ptr<const Handle> handle_;
   int rank_ = 0;

@@ -16,6 +16,13 @@ namespace regroup {
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+
+  // Whether every rank throws this very error: then one of them tells the user, and nobody is left waiting.
+  bool on_every_rank() const { return on_every_rank_; }
+  void set_on_every_rank() { on_every_rank_ = true; }
+
+ private:
+  bool on_every_rank_ = false;
 };
 
 // Something a user can put right: an option, a file, a tensor of a checkpoint. The message says what is

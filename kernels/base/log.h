@@ -12,7 +12,7 @@ namespace regroup {
 
 class Log {
  public:
-  // Only rank 0 prints info lines; warnings are printed by the rank that gives them.
+  // Only rank 0 prints info lines; warnings and errors are printed by the rank that gives them.
   explicit Log(int rank = 0);
 
   template <class... Args>
@@ -22,6 +22,11 @@ class Log {
   template <class... Args>
   void warning(fmt::format_string<Args...> format, Args&&... args) const {
     logger_->warn(fmt::format(format, std::forward<Args>(args)...));
+  }
+
+  template <class... Args>
+  void error(fmt::format_string<Args...> format, Args&&... args) const {
+    logger_->error(fmt::format(format, std::forward<Args>(args)...));
   }
 
  private:

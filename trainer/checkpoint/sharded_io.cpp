@@ -161,8 +161,11 @@ void check_exact_cover(std::span<const ShardedTensor> table, std::vector<Contrib
       check(next->begin >= end,
             "[{}, {}) of dimension {} of '{}', written by rank {}, is written by another rank too",
             next->begin, std::min(end, next->end), dim, name, next->rank);
-      check(next->begin == end && next->end >= next->begin,
-            "[{}, {}) of dimension {} of '{}' is written by no rank", end, next->begin, dim, name);
+      check(next->end <= extent && next->end >= next->begin,
+            "rank {} writes [{}, {}) of dimension {} of '{}', which has {}", next->rank, next->begin,
+            next->end, dim, name, extent);
+      check(next->begin == end, "[{}, {}) of dimension {} of '{}' is written by no rank", end, next->begin,
+            dim, name);
       end = next->end;
     }
     const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();

@@ -1,0 +1,48 @@
+#include <cmath>
+#include <cstdio>
+#include <optional>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "trainer/commands/commands.h"
+#include "trainer/conversion/regroup.h"
+#include "trainer/run/checkpoint_source.h"
+#include "trainer/run/evaluation.h"
+#include "trainer/run/model_options.h"
+#include "trainer/run/progress.h"
+
+namespace regroup {
+
+int evaluate_command(const Options& options, const ProcessGroup& world, const Log& log) {
+  const CheckpointSource source = find_checkpoint(world, options.checkpoint);
+  const ModelConfig& config = source.config;
+  std::optional<Corpus> corpus;
+  std::optional<Samples> samples;
+  Layout layout;
+  world.run_together([&] {
+    corpus.emplace(options.corpus);
+    samples.emplace(*corpus, Split::kHeldout, heldout_samples(options));
+    require_same_vocabulary(config, *corpus);
+    layout = complete_layout(options.layout, world.size());
+    validate_tensor_parallel(config, layout.tensor_parallel);
+  });
+  CpuBackend backend(threads_of(options.threads, world.split_by_host().size()));
+  const Mesh mesh(world, layout, {config.kv_groups, config.encoder_kv_groups});
+  const index_t micro_batch = evaluation_micro_batch(options);
+  ModelRunner runner(backend, mesh, config, runner_options(options, *samples, micro_batch, /*train=*/false));
+  world.run_together([&] {
+    load_converted(CheckpointReader(source.directory), config, config,
+                   sharded_parameters(runner.parameters()));
+  });
+  runner.parameters().refresh_weights();
+  const LossSums sums = evaluate(runner, mesh, *samples, options.evaluation_samples, micro_batch);
+  log.info("{}: {} of {} key/value groups, {} data-parallel x {} tensor-parallel ranks",
+           source.directory.string(), config.kv_groups, config.num_heads, layout.data_parallel,
+           layout.tensor_parallel);
+  if (world.rank() == 0) {
+    fmt::print("held-out loss {:.6f}  perplexity {:.3f}  targets {}\n", sums.mean(), std::exp(sums.mean()),
+               format_count(static_cast<std::int64_t>(sums.targets)));
+  }
+  return 0;
+}
+
+}  // namespace regroup

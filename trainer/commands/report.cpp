@@ -1,0 +1,85 @@
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "trainer/checkpoint/step_directory.h"
+#include "trainer/commands/commands.h"
+#include "trainer/run/checkpoint_source.h"
+#include "trainer/run/metrics.h"
+#include "trainer/run/progress.h"
+
+namespace regroup {
+namespace {
+
+struct Row {
+  std::string name, kind;
+  ModelConfig config;
+  index_t steps = 0;
+  double before = NAN, after = NAN, parent = NAN, tokens_per_second = NAN;
+};
+
+Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
+  const CheckpointSource source = find_checkpoint(world, run);
+  if (!source.state) throw UserError("{} is not a run of this program", run.string());
+  const RunState& state = *source.state;
+  Row row{.name = run.filename().string(),
+          .config = source.config,
+          .steps = state.step - state.first_step,
+          .before = state.converted_loss,
+          .parent = state.parent_loss};
+  const bool multi_query = row.config.kv_groups == 1;
+  row.kind = row.config.kv_groups == row.config.num_heads ? "MHA"
+             : multi_query                                ? "MQA"
+                                                          : fmt::format("GQA-{}", row.config.kv_groups);
+  const MetricsHistory history = read_metrics(run / "metrics.jsonl");
+  for (const EvaluationMetrics& evaluation : history.evaluations) {
+    if (evaluation.name == "held-out") row.after = evaluation.loss;
+    if (evaluation.name == "unigram") row.before = evaluation.loss;
+  }
+  double seconds = 0, tokens = 0;
+  for (const StepMetrics& step : history.steps) {
+    seconds += step.seconds_per_step;
+    tokens += step.seconds_per_step * step.tokens_per_second;
+  }
+  if (seconds > 0) row.tokens_per_second = tokens / seconds;
+  return row;
+}
+
+std::string loss(double value) { return std::isfinite(value) ? fmt::format("{:.4f}", value) : "-"; }
+
+// Bytes that decoding keeps for one token of one sequence, bf16: keys and values of every decoder
+// self-attention.
+index_t cache_bytes(const ModelConfig& config) {
+  return config.num_decoder_layers * 2 * config.kv_groups * config.d_kv * 2;
+}
+
+}  // namespace
+
+int report_command(const Options& options, const ProcessGroup& world, const Log&) {
+  std::vector<Row> rows;
+  for (const std::filesystem::path& run : options.runs) {
+    world.run_together([&] {
+      if (!std::filesystem::exists(run)) throw UserError("there is no run {}", run.string());
+    });
+    rows.push_back(row_of(world, run));
+  }
+  if (world.rank() != 0) return 0;
+  fmt::print(
+      "| run | attention | parameters | steps | held-out loss before | after | after - parent | KV "
+      "bytes/token | "
+      "tokens/s |\n|---|---|---|---|---|---|---|---|---|\n");
+  for (const Row& row : rows) {
+    const std::string gap = std::isfinite(row.parent) ? fmt::format("{:+.4f}", row.after - row.parent) : "-";
+    fmt::print(
+        "| {} | {} | {} | {} | {} | {} | {} | {} | {} |\n", row.name, row.kind,
+        format_count(parameter_count(row.config)), row.steps, loss(row.before), loss(row.after), gap,
+        format_count(cache_bytes(row.config)),
+        std::isfinite(row.tokens_per_second) ? format_count(std::llround(row.tokens_per_second)) : "-");
+  }
+  fmt::print(
+      "\nBefore: of the parent run, what token frequencies alone give; of the others, the conversion without "
+      "uptraining.\n");
+  return 0;
+}
+
+}  // namespace regroup

@@ -1,0 +1,12 @@
+#include "trainer/commands/commands.h"
+#include "trainer/run/training_run.h"
+
+namespace regroup {
+
+int train_command(const Options& options, const ProcessGroup& world, const Log& log) {
+  log.info("configuration:");
+  for (const auto& [name, value] : options.resolved) log.info("  {} = {}", name, value);
+  return TrainingRun(options, world, log).run();
+}
+
+}  // namespace regroup

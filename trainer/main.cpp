@@ -1,0 +1,42 @@
+// The program: reads options, runs the command, turns an error into one line and an exit code.
+#include <string>
+#include <vector>
+
+#include "trainer/commands/commands.h"
+
+namespace {
+
+constexpr int kFailure = 1;
+constexpr int kUserFailure = 2;
+
+int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment& mpi) {
+  const regroup::ProcessGroup world = regroup::ProcessGroup::world();
+  const regroup::Log log(world.rank());
+  // What every rank knows is told once, and all leave in good order; what only this rank knows ends the
+  // others.
+  const auto fail = [&](const std::string& message, bool on_every_rank, int exit_code) {
+    if (!on_every_rank || world.rank() == 0) log.error("{}", message);
+    if (!on_every_rank && world.size() > 1) mpi.abort(exit_code);
+    return exit_code;
+  };
+  try {
+    regroup::Options options;
+    world.run_together([&] { options = regroup::parse_options(arguments); });
+    return regroup::run_command(options, world, log);
+  } catch (const regroup::UserError& error) {
+    return fail(error.what(), error.on_every_rank(), kUserFailure);
+  } catch (const regroup::InternalError& error) {
+    return fail(fmt::format("a bug: {}", error.what()), error.on_every_rank(), kFailure);
+  } catch (const regroup::Error& error) {
+    return fail(error.what(), error.on_every_rank(), kFailure);
+  } catch (const std::exception& error) {
+    return fail(error.what(), false, kFailure);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const regroup::MpiEnvironment mpi;
+  return run(std::vector<std::string>(argv + 1, argv + argc), mpi);
+}

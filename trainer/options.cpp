@@ -1,0 +1,417 @@
+#include "trainer/options.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <sched.h>
+#include <set>
+#include <sstream>
+
+#include <boost/program_options.hpp>
+#include <fmt/ranges.h>
+
+#include "kernels/base/file.h"
+#include "trainer/model/config.h"
+#include "trainer/quickstart_config.h"
+
+namespace regroup {
+namespace {
+
+namespace po = boost::program_options;
+
+const std::vector<std::pair<std::string, Mode>>& modes() {
+  static const std::vector<std::pair<std::string, Mode>> all = {{"help", Mode::kHelp},
+                                                                {"version", Mode::kVersion},
+                                                                {"train-tokenizer", Mode::kTrainTokenizer},
+                                                                {"prepare-data", Mode::kPrepareData},
+                                                                {"pretrain", Mode::kPretrain},
+                                                                {"uptrain", Mode::kUptrain},
+                                                                {"evaluate", Mode::kEvaluate},
+                                                                {"report", Mode::kReport}};
+  return all;
+}
+
+// A value bound to a member, with its present value as the default that --help shows.
+template <class T>
+po::typed_value<T>* bound(T& member) {
+  return po::value<T>(&member)->default_value(member, fmt::format("{}", member));
+}
+po::typed_value<std::string>* text(std::string& member) {
+  return po::value<std::string>(&member)->default_value(member);
+}
+po::typed_value<std::string>* path(std::filesystem::path& member, const char* name = "PATH") {
+  return po::value<std::string>()->value_name(name)->notifier(
+      [&member](const std::string& value) { member = value; });
+}
+template <class T>
+po::typed_value<T>* optional(std::optional<T>& member) {
+  return po::value<T>()->notifier([&member](const T& value) { member = value; });
+}
+po::typed_value<std::vector<std::string>>* paths(std::vector<std::filesystem::path>& member) {
+  return po::value<std::vector<std::string>>()->multitoken()->composing()->value_name("PATH...")->notifier(
+      [&member](const std::vector<std::string>& values) { member.assign(values.begin(), values.end()); });
+}
+po::typed_value<bool>* flag(bool& member) {
+  return po::value<bool>(&member)->default_value(member, "off")->implicit_value(true)->value_name("on|off");
+}
+
+po::options_description describe_modes() {
+  po::options_description group("Modes (one of)");
+  group.add_options()("help", "this text")("version", "the version")(
+      "train-tokenizer", "text to a SentencePiece vocabulary (--input, --output)")(
+      "prepare-data", "text to a token corpus (--input, --tokenizer, --output)")(
+      "pretrain", "train a T5 1.1 from scratch")(
+      "uptrain", "convert a multi-head checkpoint to grouped queries and train on")(
+      "evaluate", "held-out loss of a checkpoint at any layout")("report", "compare finished runs (--runs)");
+  return group;
+}
+
+std::vector<po::options_description> describe(Options& o) {
+  std::vector<po::options_description> groups;
+  const auto group = [&groups](const char* title) -> po::options_description_easy_init {
+    groups.emplace_back(title);
+    return groups.back().add_options();
+  };
+  groups.reserve(16);
+  group("Run")("config", po::value<std::vector<std::string>>()->composing()->value_name("FILE"),
+               "configuration file; may be repeated, later ones win, the command line wins over all")(
+      "run", path(o.run), "directory of the run; the same command again resumes what is there")(
+      "seed", bound(o.seed), "of initial weights, sample order, span masks, dropout")(
+      "threads", bound(o.threads), "of each rank; 0: OMP_NUM_THREADS, or its share of the host's cores");
+  group("Model")("model", text(o.model), "size: tiny, small, base, large, xl or xxl")(
+      "d-model", optional(o.d_model), "instead of the size's")(
+      "d-kv", optional(o.d_kv), "instead of the size's")("d-ff", optional(o.d_ff), "instead of the size's")(
+      "heads", optional(o.heads), "instead of the size's")("layers", optional(o.layers),
+                                                           "encoder layers, instead of the size's")(
+      "decoder-layers", optional(o.decoder_layers), "instead of as many as the encoder's")(
+      "kv-groups", optional(o.kv_groups),
+      "key/value groups G of the decoder's attentions (default: as many as heads)")(
+      "encoder-kv-groups", optional(o.encoder_kv_groups),
+      "key/value groups of the encoder (default: as many as heads)")(
+      "dropout", bound(o.dropout), "rate; T5 pretrains and uptrains with 0, fine-tunes with 0.1");
+  group("Layout")("tensor-parallel", bound(o.layout.tensor_parallel),
+                  "ranks that share one model: heads, groups, d_ff and vocabulary are split over them")(
+      "data-parallel", bound(o.layout.data_parallel), "ranks that share one batch; 0: all others")(
+      "precision", text(o.precision),
+      "of weights and activations in products: bf16 or fp32 (masters are fp32)")(
+      "recompute", flag(o.recompute), "keep only each layer's input for backward: less memory, more time");
+  group("Data")("corpus", path(o.corpus), "folder that --prepare-data made")(
+      "inputs-length", bound(o.inputs_length), "encoder tokens of a sample; targets follow (512: 114)")(
+      "noise-density", bound(o.noise_density), "share of tokens that is dropped")(
+      "mean-span", bound(o.mean_span), "mean length of a dropped span")("workers", bound(o.workers),
+                                                                        "threads that make batches ahead");
+  group("Training")("steps", bound(o.steps), "optimizer steps of --pretrain")(
+      "batch-size", bound(o.batch_size), "sequences of one step, over all ranks")(
+      "micro-batch", bound(o.micro_batch),
+      "sequences of one forward and backward of a rank; 0: those that make 4096 inputs")(
+      "optimizer", text(o.optimizer), "adafactor (T5's) or adamw")(
+      "schedule", text(o.schedule), "of the learning rate: rsqrt (T5's), constant, linear, cosine")(
+      "learning-rate", optional(o.learning_rate),
+      "the schedule's base; default 1 for rsqrt, 0.001 for the others")(
+      "warmup", bound(o.warmup), "steps; of rsqrt: base / sqrt(max(step, warmup))")(
+      "weight-decay", bound(o.weight_decay), "of adamw")("max-gradient-norm", bound(o.max_gradient_norm),
+                                                         "clip the gradient to this norm; 0: never")(
+      "z-loss", bound(o.z_loss), "coefficient of log(Z)^2");
+  group("Uptraining")("init-from", path(o.init_from),
+                      "parent: a run, one of its step directories, or a transformers T5 1.1")(
+      "alpha", bound(o.alpha), "train on for this share of the parent's steps")(
+      "parent-steps", bound(o.parent_steps), "steps of a parent that does not say (public T5 1.1: 1000000)")(
+      "pooling", text(o.pooling), "of a group's heads: mean, first or random");
+  group("Checkpoints and evaluation")("save-every", bound(o.save_every), "steps")(
+      "keep-last", bound(o.keep_last), "newest checkpoints to keep")(
+      "keep-every", bound(o.keep_every), "keep multiples of this step for good; 0: none")(
+      "evaluate-every", bound(o.evaluate_every), "steps; 0: only at the end")(
+      "evaluation-samples", bound(o.evaluation_samples), "held-out samples")(
+      "progress-every", bound(o.progress_every), "steps between progress lines where output is no terminal")(
+      "checkpoint", path(o.checkpoint), "--evaluate: a run, a step directory, or a transformers T5 1.1");
+  group("Text to corpus")("input", paths(o.inputs),
+                          "text, JSON lines ({\"text\": ...}), .gz of either, or folders of them")(
+      "output", path(o.output), "the corpus folder, or the vocabulary file")(
+      "tokenizer", path(o.tokenizer, "FILE"), "SentencePiece model")(
+      "vocab-pieces", bound(o.vocab_pieces), "pieces of a new vocabulary (100 sentinels come on top)")(
+      "heldout-fraction", bound(o.heldout_fraction), "share of documents kept from training")(
+      "shard-tokens", bound(o.shard_tokens), "tokens of one file of the corpus")(
+      "document", text(o.document), "what a document of a plain text file is: file or line")(
+      "max-bad-fraction", bound(o.max_bad_fraction),
+      "share of lines that may be malformed (they are reported)")("overwrite", flag(o.overwrite),
+                                                                  "replace another corpus");
+  group("Report")("runs", paths(o.runs), "run directories");
+  return groups;
+}
+
+po::options_description all_options(Options& options) {
+  po::options_description all;
+  all.add(describe_modes());
+  for (const po::options_description& group : describe(options)) all.add(group);
+  return all;
+}
+
+std::vector<std::string> names_of(const po::options_description& options) {
+  std::vector<std::string> names;
+  for (const auto& option : options.options()) names.push_back(option->long_name());
+  return names;
+}
+
+std::string without_dashes(std::string name) {
+  name.erase(0, std::min(name.find_first_not_of('-'), name.size()));
+  return name.substr(0, name.find('='));
+}
+
+// Boost's complaint as one line of ours; `where` is "" for the command line.
+[[noreturn]] void explain(const std::exception& error, const po::options_description& all,
+                          const std::string& where) {
+  const std::string prefix = where.empty() ? "" : where + ": ";
+  if (const auto* unknown = dynamic_cast<const po::unknown_option*>(&error)) {
+    const std::string name = without_dashes(unknown->get_option_name());
+    throw UserError("{}there is no option '{}'{}; --help lists them all", prefix, name,
+                    did_you_mean(name, names_of(all)));
+  }
+  if (const auto* invalid = dynamic_cast<const po::validation_error*>(&error)) {
+    throw UserError("{}{}", prefix, invalid->what());
+  }
+  throw UserError("{}{}", prefix, error.what());
+}
+
+// Stores one option of a configuration file.
+void store_line(const ConfigLine& line, const std::string& where, const po::options_description& all,
+                po::variables_map& values) {
+  const std::string place = fmt::format("{}:{}", where, line.line);
+  if (line.key == "config") throw UserError("{}: a configuration file cannot name another one", place);
+  for (const auto& [name, mode] : modes()) {
+    if (line.key == name) throw UserError("{}: the mode --{} belongs on the command line", place, name);
+  }
+  try {
+    po::parsed_options parsed(&all);
+    const po::option_description* found = all.find_nothrow(line.key, /*approx=*/false);
+    if (found == nullptr) throw po::unknown_option(line.key);
+    std::istringstream one(fmt::format("{} = {}\n", line.key, line.value));
+    po::variables_map trial;  // checks the value by itself, so that the error has this line
+    po::store(po::parse_config_file(one, all), trial);
+    one = std::istringstream(fmt::format("{} = {}\n", line.key, line.value));
+    po::store(po::parse_config_file(one, all), values);
+  } catch (const std::exception& error) {
+    explain(error, all, place);
+  }
+}
+
+Mode mode_of(const po::variables_map& values) {
+  std::vector<std::string> given;
+  Mode mode = Mode::kHelp;
+  for (const auto& [name, candidate] : modes()) {
+    if (values.count(name) == 0) continue;
+    given.push_back("--" + name);
+    mode = candidate;
+  }
+  if (given.empty()) {
+    throw UserError(
+        "no mode is given; say --pretrain, --uptrain, --evaluate, --prepare-data, --train-tokenizer, "
+        "--report or --help");
+  }
+  if (given.size() > 1)
+    throw UserError("{} cannot be given together: one mode a run", fmt::join(given, " and "));
+  return mode;
+}
+
+void require(bool given, const char* mode, const char* option, const char* what) {
+  if (!given) throw UserError("--{} needs --{}: {}", mode, option, what);
+}
+
+void require_at_least(const char* option, index_t value, index_t least) {
+  if (value < least) throw UserError("{} = {}; it must be at least {}", option, value, least);
+}
+
+void require_one_of(const char* option, const std::string& value, const std::vector<std::string>& legal) {
+  if (std::find(legal.begin(), legal.end(), value) == legal.end()) {
+    throw UserError("{} = {}{}; use one of {}", option, value, did_you_mean(value, legal),
+                    fmt::join(legal, ", "));
+  }
+}
+
+void validate(const Options& o) {
+  require_one_of("precision", o.precision, {"bf16", "fp32"});
+  require_one_of("optimizer", o.optimizer, {"adafactor", "adamw"});
+  require_one_of("document", o.document, {"file", "line"});
+  require_at_least("threads", o.threads, 0);
+  require_at_least("batch-size", o.batch_size, 1);
+  require_at_least("micro-batch", o.micro_batch, 0);
+  require_at_least("save-every", o.save_every, 1);
+  require_at_least("keep-last", o.keep_last, 1);
+  require_at_least("evaluate-every", o.evaluate_every, 0);
+  require_at_least("evaluation-samples", o.evaluation_samples, 1);
+  require_at_least("progress-every", o.progress_every, 1);
+  require_at_least("workers", o.workers, 1);
+  require_at_least("warmup", o.warmup, 0);
+  require_at_least("parent-steps", o.parent_steps, 1);
+  require_at_least("vocab-pieces", o.vocab_pieces, 16);
+  require_at_least("shard-tokens", o.shard_tokens, 1);
+  if (!(o.alpha > 0 && o.alpha <= 100))
+    throw UserError("alpha = {}; it is a share of the parent's steps, such as 0.05", o.alpha);
+  switch (o.mode) {
+    case Mode::kTrainTokenizer:
+      require(!o.inputs.empty(), "train-tokenizer", "input", "the text to learn from");
+      require(!o.output.empty(), "train-tokenizer", "output", "the vocabulary file to write");
+      return;
+    case Mode::kPrepareData:
+      require(!o.inputs.empty(), "prepare-data", "input", "the text files or folders");
+      require(!o.tokenizer.empty(), "prepare-data", "tokenizer",
+              "a SentencePiece model (see --train-tokenizer)");
+      require(!o.output.empty(), "prepare-data", "output", "the corpus folder to make");
+      return;
+    case Mode::kPretrain:
+      require(!o.run.empty(), "pretrain", "run", "a directory for checkpoints and metrics");
+      require(!o.corpus.empty(), "pretrain", "corpus", "a folder that --prepare-data made");
+      require(o.steps > 0, "pretrain", "steps", "how many optimizer steps to train");
+      return;
+    case Mode::kUptrain:
+      require(!o.run.empty(), "uptrain", "run", "a directory for checkpoints and metrics");
+      require(!o.corpus.empty(), "uptrain", "corpus", "a folder that --prepare-data made");
+      require(!o.init_from.empty(), "uptrain", "init-from", "the parent's checkpoint");
+      return;
+    case Mode::kEvaluate:
+      require(!o.checkpoint.empty(), "evaluate", "checkpoint", "a run or one of its step directories");
+      require(!o.corpus.empty(), "evaluate", "corpus", "a folder that --prepare-data made");
+      return;
+    case Mode::kReport:
+      require(!o.runs.empty(), "report", "runs", "the run directories to compare");
+      return;
+    case Mode::kHelp:
+    case Mode::kVersion:
+      return;
+  }
+}
+
+std::string text_of(const boost::any& value) {
+  if (const auto* v = boost::any_cast<std::string>(&value)) return *v;
+  if (const auto* v = boost::any_cast<index_t>(&value)) return fmt::format("{}", *v);
+  if (const auto* v = boost::any_cast<std::uint64_t>(&value)) return fmt::format("{}", *v);
+  if (const auto* v = boost::any_cast<int>(&value)) return fmt::format("{}", *v);
+  if (const auto* v = boost::any_cast<double>(&value)) return fmt::format("{}", *v);
+  if (const auto* v = boost::any_cast<bool>(&value)) return *v ? "on" : "off";
+  if (const auto* v = boost::any_cast<std::vector<std::string>>(&value))
+    return fmt::format("{}", fmt::join(*v, " "));
+  throw InternalError("an option has a type that cannot be printed");
+}
+
+}  // namespace
+
+Options parse_options(const std::vector<std::string>& arguments) {
+  Options options;
+  const po::options_description all = all_options(options);
+  po::variables_map values;
+  const po::positional_options_description none;
+  try {
+    using Style = po::command_line_style::style_t;
+    const int style = Style::unix_style & ~Style::allow_guessing & ~Style::allow_short & ~Style::allow_sticky;
+    po::store(po::command_line_parser(arguments).options(all).positional(none).style(style).run(), values);
+  } catch (const std::exception& error) {
+    explain(error, all, "");
+  }
+  options.mode = mode_of(values);
+  const auto mode_name = std::find_if(modes().begin(), modes().end(), [&](const auto& entry) {
+                           return entry.second == options.mode;
+                         })->first;
+  const auto store_config = [&](const std::string& config, const std::string& where) {
+    std::vector<ConfigLine> lines = parse_config(config, where);
+    // The first stored value of an option stays: what is specific, and what is later in the file, goes first.
+    std::stable_partition(lines.begin(), lines.end(),
+                          [](const ConfigLine& line) { return line.section.empty(); });
+    std::reverse(lines.begin(), lines.end());
+    for (const ConfigLine& line : lines) {
+      po::variables_map unused;
+      const bool applies = line.section.empty() || line.section == mode_name;
+      store_line(line, where, all, applies ? values : unused);
+    }
+  };
+  std::vector<std::string> files;
+  if (values.count("config") != 0) files = values["config"].as<std::vector<std::string>>();
+  std::reverse(files.begin(), files.end());
+  for (const std::string& file : files) store_config(read_text(file, 1 << 20), file);
+  const bool trains = options.mode == Mode::kPretrain || options.mode == Mode::kUptrain;
+  const auto defaulted = [&values](const char* name) {
+    return values.count(name) == 0 || values[name].defaulted();
+  };
+  if (trains && files.empty() && defaulted("corpus") && defaulted("init-from") && defaulted("model")) {
+    store_config(std::string(kQuickstartConfig), "the embedded quickstart.cfg");
+  }
+  try {
+    po::notify(values);
+  } catch (const std::exception& error) {
+    explain(error, all, "");
+  }
+  validate(options);
+  for (const auto& option : all.options()) {
+    const std::string& name = option->long_name();
+    const bool is_mode =
+        std::any_of(modes().begin(), modes().end(), [&](const auto& m) { return m.first == name; });
+    if (is_mode || name == "config" || values.count(name) == 0) continue;
+    options.resolved.emplace_back(name, text_of(values[name].value()));
+  }
+  return options;
+}
+
+std::vector<ConfigLine> parse_config(const std::string& text, const std::string& where) {
+  const auto trimmed = [](const std::string& part) {
+    const std::size_t begin = part.find_first_not_of(" \t\r");
+    if (begin == std::string::npos) return std::string();
+    return part.substr(begin, part.find_last_not_of(" \t\r") - begin + 1);
+  };
+  std::vector<ConfigLine> lines;
+  std::istringstream stream(text);
+  std::string section, raw;
+  for (int number = 1; std::getline(stream, raw); ++number) {
+    const std::string line = trimmed(raw.substr(0, raw.find('#')));
+    if (line.empty()) continue;
+    if (line.find('\0') != std::string::npos) throw UserError("{}:{}: not a text file", where, number);
+    if (line.front() == '[') {
+      section = line.back() == ']' ? trimmed(line.substr(1, line.size() - 2)) : "";
+      std::vector<std::string> names;
+      for (const auto& [name, mode] : modes()) names.push_back(name);
+      if (std::find(names.begin(), names.end(), section) == names.end()) {
+        throw UserError("{}:{}: '{}' is no section{}; sections are [pretrain], [uptrain] and the other modes",
+                        where, number, line, did_you_mean(section, names));
+      }
+      continue;
+    }
+    const std::size_t equals = line.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      throw UserError("{}:{}: '{}' is not of the form `option = value`", where, number, line);
+    }
+    lines.push_back({.section = section,
+                     .key = trimmed(line.substr(0, equals)),
+                     .value = trimmed(line.substr(equals + 1)),
+                     .line = number});
+  }
+  return lines;
+}
+
+std::string help() {
+  Options options;
+  std::ostringstream out;
+  out << "Regroup trains T5 1.1 with grouped-query attention, over MPI ranks.\n\n"
+         "  mpirun -n N trainer --MODE [--config FILE]... [--OPTION VALUE]...\n\n"
+      << describe_modes();
+  for (const po::options_description& group : describe(options)) out << '\n' << group;
+  out << "\nA configuration file has lines `option = value`, comments after '#', and sections [pretrain], "
+         "[uptrain], ...\n"
+         "whose lines count for that mode only. Where neither --config, --corpus, --model nor --init-from is "
+         "given,\n"
+         "the embedded configs/quickstart.cfg is used.\n\n"
+         "Exit codes: 0 done, 1 a failure of the system or a bug, 2 something to put right in the call or "
+         "its files,\n"
+         "75 stopped by a signal after saving: the same command resumes.\n";
+  return out.str();
+}
+
+int threads_of(int requested, int ranks_on_host) {
+  if (requested > 0) return requested;
+  if (const char* given = std::getenv("OMP_NUM_THREADS")) {
+    const int threads = std::atoi(given);
+    if (threads > 0) return threads;
+  }
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  const int cores = sched_getaffinity(0, sizeof(allowed), &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
+  return std::max(1, cores / std::max(1, ranks_on_host));
+}
+
+}  // namespace regroup

@@ -1,0 +1,109 @@
+// Everything a run can be told, by command line and configuration files.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/dtype.h"
+#include "parallel/mesh.h"
+
+namespace regroup {
+
+enum class Mode { kHelp, kVersion, kTrainTokenizer, kPrepareData, kPretrain, kUptrain, kEvaluate, kReport };
+
+// Defaults are those of `trainer --help`; every member is the option of the same name with '-' for '_'.
+struct Options {
+  Mode mode = Mode::kHelp;
+
+  // Run.
+  std::filesystem::path run;  // directory of checkpoints, metrics and plots
+  std::uint64_t seed = 0;
+  int threads = 0;  // of each rank; 0: OMP_NUM_THREADS, or this rank's share of the host's cores
+
+  // Model. Anything set here replaces the value of the named size.
+  std::string model = "small";
+  std::optional<index_t> d_model, d_kv, d_ff, heads, layers, decoder_layers;
+  std::optional<index_t> kv_groups, encoder_kv_groups;
+  double dropout = 0;
+
+  // Layout.
+  Layout layout{.data_parallel = 0, .tensor_parallel = 1};  // data_parallel 0: all ranks / tensor_parallel
+  std::string precision = "bf16";                           // or fp32
+  bool recompute = false;
+
+  // Data.
+  std::filesystem::path corpus;
+  index_t inputs_length = 512;
+  double noise_density = 0.15;
+  double mean_span = 3.0;
+  int workers = 1;
+
+  // Training.
+  index_t steps = 0;         // pretraining
+  index_t batch_size = 128;  // sequences of one optimizer step, over all ranks
+  index_t micro_batch =
+      0;  // sequences of one forward and backward of a rank; 0: those that make 4,096 inputs
+  std::string optimizer = "adafactor";
+  std::string schedule = "rsqrt";
+  std::optional<double> learning_rate;  // the schedule's base; rsqrt 1, else 1e-3
+  index_t warmup = 10000;
+  double weight_decay = 0;
+  double max_gradient_norm = 0;
+  double z_loss = 1e-4;
+
+  // Uptraining.
+  std::filesystem::path init_from;  // a run, a step directory, a transformers checkpoint
+  double alpha = 0.05;              // share of the parent's steps
+  index_t parent_steps = 1000000;   // of a parent that does not say (public T5 1.1: 1,000,000)
+  std::string pooling = "mean";
+
+  // Checkpoints and evaluation.
+  index_t save_every = 1000, keep_last = 2, keep_every = 0;
+  index_t evaluate_every = 1000, evaluation_samples = 256;
+  index_t progress_every = 10;
+  std::filesystem::path checkpoint;  // --evaluate: what to evaluate
+
+  // Text to corpus.
+  std::vector<std::filesystem::path> inputs;
+  std::filesystem::path output, tokenizer;
+  index_t vocab_pieces = 32000;
+  double heldout_fraction = 0.005;
+  index_t shard_tokens = index_t{64} << 20;
+  std::string document = "file";
+  double max_bad_fraction = 0.001;
+  bool overwrite = false;
+
+  // --report: the runs to compare.
+  std::vector<std::filesystem::path> runs;
+
+  // Name and value of everything that is not at its default's default, in the order of --help: what a
+  // configuration file needs to say to get the same run. Printed at the start and saved with the run.
+  std::vector<std::pair<std::string, std::string>> resolved;
+};
+
+// Reads the command line and the --config files it names (a later file wins over an earlier one, the command
+// line over all). Where neither --config, --corpus, --model nor --init-from is given, the embedded
+// configs/quickstart.cfg is read first. UserError for unknown options (naming the nearest), malformed values,
+// several modes, and for a mode that lacks what it needs; file and line where it came from a file.
+Options parse_options(const std::vector<std::string>& arguments);
+
+// The pairs of a configuration file: `key = value` lines, '#' comments, and [mode] sections, whose pairs
+// count for that mode only. `where` names the text in errors. Pure; UserError with the line.
+struct ConfigLine {
+  std::string section, key, value;
+  int line = 0;
+};
+std::vector<ConfigLine> parse_config(const std::string& text, const std::string& where);
+
+// The text of `trainer --help`.
+std::string help();
+
+// The threads this rank should use: `requested`, else OMP_NUM_THREADS, else the host's cores (those this
+// process may run on) over the ranks on it.
+int threads_of(int requested, int ranks_on_host);
+
+}  // namespace regroup

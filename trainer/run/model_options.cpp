@@ -1,0 +1,128 @@
+#include "trainer/run/model_options.h"
+
+#include <algorithm>
+
+namespace regroup {
+namespace {
+
+// Encoder tokens of a micro-batch that was not asked for: enough for fast products, few enough for caches and
+// memory.
+constexpr index_t kInputs = 4096;
+
+index_t largest_divisor(index_t number, index_t most) {
+  for (index_t divisor = std::min(number, most); divisor > 1; --divisor) {
+    if (number % divisor == 0) return divisor;
+  }
+  return 1;
+}
+
+}  // namespace
+
+ModelConfig pretrained_config(const Options& options, index_t vocab_size) {
+  ModelConfig config = t5_1_1(options.model);
+  config.vocab_size = vocab_size;
+  config.d_model = options.d_model.value_or(config.d_model);
+  config.d_kv = options.d_kv.value_or(config.d_kv);
+  config.d_ff = options.d_ff.value_or(config.d_ff);
+  config.num_heads = options.heads.value_or(config.num_heads);
+  config.num_layers = options.layers.value_or(config.num_layers);
+  config.num_decoder_layers = options.decoder_layers.value_or(config.num_layers);
+  config.kv_groups = options.kv_groups.value_or(config.num_heads);
+  config.encoder_kv_groups = options.encoder_kv_groups.value_or(config.num_heads);
+  config.dropout_rate = options.dropout;
+  validate(config);
+  return config;
+}
+
+ModelConfig uptrained_config(const Options& options, const ModelConfig& parent) {
+  if (!options.kv_groups && !options.encoder_kv_groups) {
+    throw UserError(
+        "--uptrain needs --kv-groups: how many key/value groups the {} heads become (the paper: 8 for T5 "
+        "XXL; 1 is multi-query)",
+        parent.num_heads);
+  }
+  ModelConfig config = parent;
+  config.kv_groups = options.kv_groups.value_or(parent.kv_groups);
+  config.encoder_kv_groups = options.encoder_kv_groups.value_or(parent.encoder_kv_groups);
+  config.dropout_rate = options.dropout;
+  validate(config);
+  return config;
+}
+
+Schedule schedule_of(const Options& options, index_t total_steps) {
+  const Schedule::Kind kind = schedule_kind(options.schedule);
+  return {.kind = kind,
+          .base = options.learning_rate.value_or(kind == Schedule::Kind::kRsqrt ? 1.0 : 1e-3),
+          .warmup = options.warmup,
+          .total = total_steps};
+}
+
+index_t micro_batch_of(const Options& options, int data_parallel) {
+  if (options.batch_size % data_parallel != 0) {
+    throw UserError("batch-size = {} cannot be shared by {} data-parallel ranks; use a multiple such as {}",
+                    options.batch_size, data_parallel,
+                    (options.batch_size / data_parallel + 1) * data_parallel);
+  }
+  const index_t share = options.batch_size / data_parallel;
+  if (options.micro_batch == 0)
+    return largest_divisor(share, std::max<index_t>(1, kInputs / options.inputs_length));
+  if (share % options.micro_batch != 0) {
+    throw UserError("micro-batch = {} does not divide a rank's {} sequences of a step; use {}",
+                    options.micro_batch, share, largest_divisor(share, options.micro_batch));
+  }
+  return options.micro_batch;
+}
+
+index_t evaluation_micro_batch(const Options& options) {
+  return options.micro_batch > 0 ? options.micro_batch
+                                 : std::max<index_t>(1, kInputs / options.inputs_length);
+}
+
+ModelRunner::Options runner_options(const Options& options, const Samples& samples, index_t micro_batch,
+                                    bool train) {
+  return {.compute = options.precision == "fp32" ? DType::kFloat32 : DType::kBFloat16,
+          .micro_batch = micro_batch,
+          .inputs_length = options.inputs_length,
+          .targets_length = samples.lengths().targets,
+          .train = train,
+          .dropout_rate = options.dropout,
+          .recompute = options.recompute,
+          .z_loss = options.z_loss};
+}
+
+SampleOptions training_samples(const Options& options) {
+  return {.corruption = {.inputs_length = options.inputs_length,
+                         .noise_density = options.noise_density,
+                         .mean_span = options.mean_span},
+          .seed = options.seed};
+}
+
+SampleOptions heldout_samples(const Options& options) {
+  SampleOptions samples = training_samples(options);
+  samples.seed = 0;
+  samples.shuffle = false;
+  return samples;
+}
+
+void require_same_vocabulary(const ModelConfig& config, const Corpus& corpus) {
+  if (config.vocab_size == corpus.vocab_size()) return;
+  throw UserError(
+      "the model has a vocabulary of {}, the corpus {} one of {}: they were made with different tokenizers",
+      config.vocab_size, corpus.folder().string(), corpus.vocab_size());
+}
+
+std::vector<ShardedTensor> sharded_parameters(const ParameterStore& store) {
+  std::vector<ShardedTensor> result;
+  for (std::size_t i = 0; i < store.size(); ++i) {
+    result.push_back({store.table()[i].name, store.table()[i].shape, store.slice(i), store.master(i)});
+  }
+  return result;
+}
+
+std::string resolved_config(const Options& options) {
+  std::string text = "# What this run was told, by defaults, configuration files and command line.\n";
+  for (const auto& [name, value] : options.resolved) text += fmt::format("{} = {}\n", name, value);
+  return text;
+}
+
+}  // namespace regroup

@@ -1,0 +1,45 @@
+// From options to what the parts of a run are made with.
+#pragma once
+
+#include <string>
+
+#include "trainer/model/config.h"
+#include "trainer/optimizer/schedule.h"
+#include "trainer/options.h"
+#include "trainer/run/model_runner.h"
+
+namespace regroup {
+
+// The named size with everything that was set instead of it. UserError as validate().
+ModelConfig pretrained_config(const Options& options, index_t vocab_size);
+// The parent with the asked-for numbers of groups and dropout. UserError where --kv-groups is missing or does
+// not divide.
+ModelConfig uptrained_config(const Options& options, const ModelConfig& parent);
+
+Schedule schedule_of(const Options& options, index_t total_steps);
+
+// Sequences of one micro-batch of a rank. UserError where data_parallel does not divide the batch, or the
+// micro-batch not a rank's share of it, naming values that would do.
+index_t micro_batch_of(const Options& options, int data_parallel);
+
+// The same for evaluation, where nothing needs to divide.
+index_t evaluation_micro_batch(const Options& options);
+
+ModelRunner::Options runner_options(const Options& options, const Samples& samples, index_t micro_batch,
+                                    bool train);
+
+// What is trained on, and what is evaluated on. Held-out masks have a seed of their own: every run of a
+// corpus is measured on the same samples.
+SampleOptions training_samples(const Options& options);
+SampleOptions heldout_samples(const Options& options);
+
+// UserError unless the corpus was tokenized with the model's vocabulary.
+void require_same_vocabulary(const ModelConfig& config, const Corpus& corpus);
+
+// The store's masters under their public names.
+std::vector<ShardedTensor> sharded_parameters(const ParameterStore& store);
+
+// The options that were resolved, as a configuration file.
+std::string resolved_config(const Options& options);
+
+}  // namespace regroup

@@ -1,0 +1,36 @@
+// What a run tells its user: progress line, metrics.jsonl, TensorBoard, and the plot at its end. Rank 0 only.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "trainer/run/metrics.h"
+#include "trainer/run/progress.h"
+#include "trainer/run/tensorboard.h"
+
+namespace regroup {
+
+class RunReporter {
+ public:
+  // Into `run`/metrics.jsonl, `run`/tensorboard/, `run`/loss.svg. `resume_step`: of the checkpoint being
+  // continued.
+  RunReporter(const std::filesystem::path& run, std::optional<std::int64_t> resume_step,
+              std::int64_t progress_every);
+
+  void step(const StepMetrics& metrics);
+  void evaluation(const EvaluationMetrics& metrics);
+  void event(const EventMetrics& metrics);
+  // Ends a progress line that is being rewritten in place, so that something else can be printed.
+  void end_line() { progress_.end_line(); }
+  // Draws `run`/loss.svg from everything in metrics.jsonl.
+  void plot() const;
+
+ private:
+  std::filesystem::path run_;
+  MetricsFile metrics_;
+  TensorBoard tensorboard_;
+  Progress progress_;
+};
+
+}  // namespace regroup

@@ -1,0 +1,64 @@
+#include "trainer/run/run_state.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <fmt/ranges.h>
+
+#include "kernels/base/error.h"
+
+namespace regroup {
+namespace {
+
+// JSON has no NaN.
+nlohmann::json number_or_null(double value) {
+  return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr);
+}
+
+}  // namespace
+
+nlohmann::json to_json(const RunState& state) {
+  return {{"version", 1},
+          {"step", state.step},
+          {"samples", state.samples},
+          {"first_step", state.first_step},
+          {"parent", state.parent},
+          {"parent_loss", number_or_null(state.parent_loss)},
+          {"converted_loss", number_or_null(state.converted_loss)},
+          {"identity", state.identity}};
+}
+
+RunState run_state_from_json(const nlohmann::json& json, const std::string& where) {
+  try {
+    const auto number = [&json](const char* name) {
+      return json.at(name).is_null() ? std::numeric_limits<double>::quiet_NaN() : json.at(name).get<double>();
+    };
+    RunState state;
+    state.step = json.at("step").get<index_t>();
+    state.samples = json.at("samples").get<index_t>();
+    state.first_step = json.at("first_step").get<index_t>();
+    state.parent = json.at("parent").get<std::string>();
+    state.parent_loss = number("parent_loss");
+    state.converted_loss = number("converted_loss");
+    state.identity = json.at("identity");
+    return state;
+  } catch (const nlohmann::json::exception& error) {
+    throw UserError("{} is not the state of a run of this program: {}", where, error.what());
+  }
+}
+
+void require_same_identity(const nlohmann::ordered_json& saved, const nlohmann::ordered_json& asked,
+                           const std::string& where) {
+  std::vector<std::string> differences;
+  for (const auto& [name, value] : asked.items()) {
+    const auto before = saved.contains(name) ? saved.at(name) : nlohmann::ordered_json(nullptr);
+    if (before != value)
+      differences.push_back(fmt::format("{} was {}, now {}", name, before.dump(), value.dump()));
+  }
+  if (differences.empty()) return;
+  throw UserError("{} was made by another run: {}; give the old values to resume it, or another --run", where,
+                  fmt::join(differences, "; "));
+}
+
+}  // namespace regroup

@@ -1,0 +1,33 @@
+// What a checkpoint knows of its run beyond tensors: where it stands, and what may not change under it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+#include "kernels/dtype.h"
+
+namespace regroup {
+
+struct RunState {
+  index_t step = 0;     // done, counted over the parent's too
+  index_t samples = 0;  // consumed, the parent's too: the whole position in the data
+  // Uptraining: where it began, and the held-out losses before its first step (NaN: pretraining).
+  index_t first_step = 0;
+  double parent_loss = 0, converted_loss = 0;
+  std::string parent;
+  // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not
+  // part of it.
+  nlohmann::ordered_json identity;
+};
+
+nlohmann::json to_json(const RunState& state);
+// UserError naming `where` where a field is missing or of the wrong type.
+RunState run_state_from_json(const nlohmann::json& json, const std::string& where);
+
+// UserError naming every option that differs, with both values, and what to do.
+void require_same_identity(const nlohmann::ordered_json& saved, const nlohmann::ordered_json& asked,
+                           const std::string& where);
+
+}  // namespace regroup
