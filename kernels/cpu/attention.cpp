@@ -78,20 +78,19 @@ class Forward {
     for (index_t first = 0; first < shape_.queries; first += work_.tile) {
       const index_t rows = std::min(work_.tile, shape_.queries - first), padded = round_up(rows, kRows);
       const index_t seen = options_.causal ? std::min(visible.count, first + rows) : visible.count;
-      const index_t columns = round_up(seen, kLanes<S>);
+      const TileSight<T> sight(options_.causal, first, 0, seen);
       const Left<T> queries =
           pack_left<T>(head_rows<const T>(q_, sample, head, first), rows, shape_.size, padded, work_.queries);
-      product<T>(padded, columns, queries, keys_, 0, 0, keys_.depth, bias.at(first, 0),
-                 {work_.scores, work_.stride});
+      product<T>(padded, queries, keys_, 0, {sight.columns(), 0, keys_.depth}, bias.at(first, 0),
+                 {work_.scores, work_.stride}, sight.scores(keys_.depth));
       S* log_sum_exp = log_sum_exp_.as<S>() + (sample * shape_.heads + head) * shape_.queries + first;
       for (index_t r = 0; r < rows; ++r) {
-        const index_t limit = options_.causal ? std::min(visible.count, first + r + 1) : visible.count;
-        log_sum_exp[r] = softmax(r, limit, columns, visible);
-        if (dropout.active()) drop(dropout, first + r, r, limit);
+        log_sum_exp[r] = softmax(r, sight.keys_of(r), sight.columns_of(r), visible);
+        if (dropout.active()) drop(dropout, first + r, r, sight.keys_of(r));
       }
-      const index_t stride = work_.stride / kTerms<T>;
-      product<T>(padded, values_.columns, Left<T>{work_.probabilities, stride, 1}, values_, 0, 0,
-                 columns / kTerms<T>, {}, {work_.out, values_.columns});
+      product<T>(padded, {work_.probabilities, work_.stride / kTerms<T>, 1}, values_, 0,
+                 {values_.columns, 0, sight.columns() / kTerms<T>}, {}, {work_.out, values_.columns},
+                 sight.over_keys(values_.columns, 0));
       unpack<T>({work_.out, values_.columns}, work_.inverse_sums, rows, shape_.size,
                 head_rows<T>(out_, sample, head, first));
     }
@@ -112,11 +111,12 @@ class Forward {
       largest = x > largest ? x : largest;
     }
     const S top = largest_of<S>(largest);
-    const bool blind = top == -kInfinity;
+    const bool blind = top == -kInfinity;  // sees no key
+    const S shift = blind ? S{0} : top;
     T* row = probabilities(r);
     Vector<S> sums{};
     for (index_t j = 0; j < columns; j += kLanes<S>) {
-      const Vector<S> e = exponential<S>(load<S>(scores + j), blind ? S{0} : top);
+      const Vector<S> e = exponential(load<S>(scores + j), shift);
       sums += e;
       save_as(row + j, e);
     }

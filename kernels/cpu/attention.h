@@ -44,6 +44,48 @@ struct VisibleKeys {
   }
 };
 
+// Who sees whom in a tile: row r, its column c where c <= r + diagonal and c < columns. What the products of
+// a block of kRows rows need of the tile follows from it.
+template <class T>
+class TileSight {
+ public:
+  // Queries from `query` on, `keys` keys from `key` on (the visible ones of the tile).
+  TileSight(bool causal, index_t query, index_t key, index_t keys)
+      : keys_(keys),
+        columns_(round_up(keys, kLanes<stat_t<T>>)),
+        diagonal_(causal ? query - key : columns_) {}
+
+  // Keys that row r sees.
+  index_t keys_of(index_t r) const { return std::clamp<index_t>(r + diagonal_ + 1, 0, keys_); }
+  // Whole vectors of columns that hold all that the block of row r sees: what there is of it in the tile.
+  index_t columns_of(index_t r) const {
+    const index_t seen = r / kRows * kRows + kRows + diagonal_;
+    return std::clamp<index_t>(round_up(seen, kLanes<stat_t<T>>), 0, columns_);
+  }
+  index_t columns() const { return columns_; }
+
+  // Scores: all of the head size, only columns that are seen.
+  auto scores(index_t depth) const {
+    return [this, depth](index_t m) { return Extent{columns_of(m), 0, depth}; };
+  }
+  // Sums over keys, for blocks of queries. `first`: the unit of the tile's first key.
+  auto over_keys(index_t size, index_t first) const {
+    return [this, size, first](index_t m) {
+      const index_t seen = std::clamp<index_t>(m + kRows + diagonal_, 0, keys_);
+      return Extent{size, first, first + round_up(seen, kTerms<T>) / kTerms<T>};
+    };
+  }
+  // Sums over `queries` queries, for blocks of keys.
+  auto over_queries(index_t size, index_t queries) const {
+    return [this, size, queries](index_t m) {
+      return Extent{size, std::max<index_t>(0, m - diagonal_) / kTerms<T>, queries / kTerms<T>};
+    };
+  }
+
+ private:
+  index_t keys_, columns_, diagonal_;
+};
+
 // Bias of one head, with zeros around, so that whole blocks of rows and vectors of columns may be read:
 // element (i, j) is data[j - i + queries - 1]. `data` is null where there is no bias.
 template <class S>

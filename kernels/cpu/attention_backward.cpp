@@ -28,11 +28,13 @@ inline constexpr index_t kStride = kKeys<T> + kLanes<stat_t<T>>;
 template <class T>
 struct BackwardWorkspace {
   using S = stat_t<T>;
-  Unit<T>*keys, *values, *key_rows;                // right operands of a group
-  Unit<T>*queries, *douts;                         // left operands of a tile
-  Unit<T>*query_rows, *dout_rows;                  // right operands of a tile
-  Unit<T>*probabilities, *dscores, *dscores_left;  // terms along queries, queries, keys
-  S *scores, *dprobabilities, *bias, *dq, *dk, *dv, *log_sum_exp, *delta, *factors;
+  Unit<T>*keys, *values, *key_rows;  // right operands of a group
+  Unit<T>*queries, *douts;           // left operands of a tile
+  Unit<T>*query_rows, *dout_rows;    // right operands of a tile
+  // Of a tile: m p and ds with the terms of a unit along queries, ds with them along keys. For bfloat16 only.
+  Unit<T>*probability_units, *dscore_units, *left_dscores;
+  S *scores, *dscores;  // of a tile; s, then p; dp, then ds
+  S *bias, *dq, *dk, *dv, *log_sum_exp, *delta, *factors;
 
   BackwardWorkspace(const Shape& shape, Carver& carver) {
     const index_t depth = round_up(shape.size, kTerms<T>) / kTerms<T>;
@@ -44,18 +46,18 @@ struct BackwardWorkspace {
     douts = carver.take<Unit<T>>(kQueries * depth);
     query_rows = carver.take<Unit<T>>(kQueries / kTerms<T> * columns);
     dout_rows = carver.take<Unit<T>>(kQueries / kTerms<T> * columns);
-    probabilities = carver.take<Unit<T>>(kQueries / kTerms<T> * kStride<T>);
-    dscores = carver.take<Unit<T>>(kQueries / kTerms<T> * kStride<T>);
-    dscores_left = carver.take<Unit<T>>(kQueries / kTerms<T> * kStride<T>);
+    probability_units = carver.take<Unit<T>>(kQueries / kTerms<T> * kStride<T>);
+    dscore_units = carver.take<Unit<T>>(kQueries / kTerms<T> * kStride<T>);
+    left_dscores = carver.take<Unit<T>>(kQueries / kTerms<T> * kStride<T>);
     scores = carver.take<S>(kQueries * kStride<T>);
-    dprobabilities = carver.take<S>(kQueries * kStride<T>);
+    dscores = carver.take<S>(kQueries * kStride<T>);
     bias = carver.take<S>(HeadBias<S>::workspace(shape, kPanel<T>));
     dq = carver.take<S>(kQueries * columns);
     dk = carver.take<S>(length * columns);
     dv = carver.take<S>(length * columns);
     log_sum_exp = carver.take<S>(kQueries);
     delta = carver.take<S>(kQueries);
-    factors = carver.take<S>(kKeys<T>);
+    factors = carver.take<S>(kTerms<T> * kKeys<T>);
   }
 };
 
@@ -104,18 +106,24 @@ class Backward {
       const index_t seen = options_.causal ? std::min(visible.count, first + rows) : visible.count;
       std::fill(work_.dq, work_.dq + padded * key_rows_.columns, S{0});
       for (index_t key = 0; key < seen; key += kKeys<T>) {
-        const index_t columns = round_up(std::min(kKeys<T>, seen - key), kLanes<S>);
-        product<T>(padded, columns, queries_, keys_, key, 0, keys_.depth, bias.at(first, key),
-                   {work_.scores, kStride<T>});
-        product<T>(padded, columns, douts_, values_, key, 0, values_.depth, {},
-                   {work_.dprobabilities, kStride<T>});
-        for (index_t r = 0; r < padded; ++r) {
-          const index_t limit = options_.causal ? std::min(visible.count, first + r + 1) : visible.count;
-          gradient_of_scores(r, first + r, key, limit, columns, visible, dropout);
-          if (dbias && r < rows) add_to_bias(r, columns, dbias + shape_.queries - 1 - (first + r) + key);
+        const TileSight<T> sight(options_.causal, first, key, std::min(kKeys<T>, seen - key));
+        product<T>(padded, queries_, keys_, key, {sight.columns(), 0, keys_.depth}, bias.at(first, key),
+                   {work_.scores, kStride<T>}, sight.scores(keys_.depth));
+        product<T>(padded, douts_, values_, key, {sight.columns(), 0, values_.depth}, {},
+                   {work_.dscores, kStride<T>}, sight.scores(values_.depth));
+        for (index_t r = 0; r < padded; r += kTerms<T>) {
+          for (index_t t = 0; t < kTerms<T>; ++t) hide(r + t, key, sight, visible);
+          if (dropout.active()) {
+            for (index_t t = 0; t < kTerms<T>; ++t) {
+              dropout.factors(first + r + t, key, sight.columns_of(r), work_.factors + t * kKeys<T>);
+            }
+            gradient_of_scores<true>(r, sight.columns_of(r));
+          } else {
+            gradient_of_scores<false>(r, sight.columns_of(r));
+          }
         }
-        store_units(padded, columns);
-        accumulate(padded, columns, key);
+        if (dbias) add_to_bias(rows, sight, dbias + shape_.queries - 1 - first + key);
+        accumulate(padded, key, sight);
       }
       unpack<T>({work_.dq, key_rows_.columns}, nullptr, rows, shape_.size,
                 head_rows<T>(x_.dq, sample, head, first));
@@ -138,83 +146,80 @@ class Backward {
     }
   }
 
-  // Row r of the tile (query i): scores become m p, dprobabilities become ds.
-  void gradient_of_scores(index_t r, index_t i, index_t key, index_t limit, index_t columns,
-                          const VisibleKeys& visible, const HeadDropout& dropout) {
+  // Scores that row r of the tile must not see.
+  void hide(index_t r, index_t key, const TileSight<T>& sight, const VisibleKeys& visible) {
     constexpr S kHidden = -std::numeric_limits<S>::infinity();
-    S* p = work_.scores + r * kStride<T>;
-    S* ds = work_.dprobabilities + r * kStride<T>;
-    const index_t count = std::clamp<index_t>(limit - key, 0, columns);
-    std::fill(p + count, p + columns, kHidden);
+    S* scores = work_.scores + r * kStride<T>;
+    const index_t count = sight.keys_of(r);
+    std::fill(scores + count, scores + std::max(count, sight.columns_of(r)), kHidden);
     if (visible.mask) {
-      for (index_t j = 0; j < count; ++j) p[j] = visible.mask[key + j] ? p[j] : kHidden;
+      for (index_t j = 0; j < count; ++j) scores[j] = visible.mask[key + j] ? scores[j] : kHidden;
     }
-    const S shift = work_.log_sum_exp[r], delta = work_.delta[r];
-    if (dropout.active()) {
-      std::fill(work_.factors + count, work_.factors + columns, S{0});
-      dropout.factors(i, key, count, work_.factors);
-    }
+  }
+
+  // The unit's rows from r on: m p and ds from scores s and dp, as operands of the products of accumulate().
+  template <bool kDropout>
+  void gradient_of_scores(index_t r, index_t columns) {
+    S* scores = work_.scores + r * kStride<T>;
+    S* dscores = work_.dscores + r * kStride<T>;
     for (index_t j = 0; j < columns; j += kLanes<S>) {
-      const Vector<S> probability = exponential<S>(load<S>(p + j), shift), dp = load<S>(ds + j);
-      if (dropout.active()) {
-        const Vector<S> factor = load<S>(work_.factors + j);
-        save<S>(p + j, probability * factor);
-        save<S>(ds + j, probability * (dp * factor - delta));
+      Vector<S> p[kTerms<T>], ds[kTerms<T>];
+#pragma GCC unroll 2
+      for (index_t t = 0; t < kTerms<T>; ++t) {
+        const Vector<S> dp = load<S>(dscores + t * kStride<T> + j);
+        p[t] = exponential(load<S>(scores + t * kStride<T> + j), work_.log_sum_exp[r + t]);
+        if constexpr (kDropout) {
+          const Vector<S> factor = load<S>(work_.factors + t * kKeys<T> + j);
+          ds[t] = p[t] * (dp * factor - work_.delta[r + t]);
+          p[t] *= factor;
+        } else {
+          ds[t] = p[t] * (dp - work_.delta[r + t]);
+        }
+        save<S>(dscores + t * kStride<T> + j, ds[t]);
+      }
+      if constexpr (kTerms<T> == 2) {
+        const index_t pair = r / 2 * kStride<T> + j;
+        T* row = reinterpret_cast<T*>(work_.left_dscores) + r * kStride<T> + j;
+        save_units(work_.probability_units + pair, p[0], p[1]);
+        save_units(work_.dscore_units + pair, ds[0], ds[1]);
+        save_as(row, ds[0]);
+        save_as(row + kStride<T>, ds[1]);
       } else {
-        save<S>(p + j, probability);
-        save<S>(ds + j, probability * (dp - delta));
+        save<S>(scores + j, p[0]);
       }
     }
   }
 
-  void add_to_bias(index_t r, index_t columns, S* dbias) const {
-    const S* ds = work_.dprobabilities + r * kStride<T>;
-    for (index_t j = 0; j < columns; j += kLanes<S>) save<S>(dbias + j, load<S>(dbias + j) + load<S>(ds + j));
-  }
-
-  // The tile as left operands.
-  void store_units(index_t rows, index_t columns) {
-    if constexpr (kTerms<T> == 1) {
-      return;
-    } else {
-      for (index_t r = 0; r < rows; r += 2) {
-        const S* p = work_.scores + r * kStride<T>;
-        const S* ds = work_.dprobabilities + r * kStride<T>;
-        T* row = reinterpret_cast<T*>(work_.dscores_left) + r * kStride<T>;
-        for (index_t j = 0; j < columns; j += kLanes<S>) {
-          const Vector<S> first = load<S>(ds + j), second = load<S>(ds + kStride<T> + j);
-          save_units(work_.probabilities + r / 2 * kStride<T> + j, load<S>(p + j),
-                     load<S>(p + kStride<T> + j));
-          save_units(work_.dscores + r / 2 * kStride<T> + j, first, second);
-          save_as(row + j, first);
-          save_as(row + kStride<T> + j, second);
-        }
+  // dbias[c - r] += ds of the tile, row by row.
+  void add_to_bias(index_t rows, const TileSight<T>& sight, S* dbias) const {
+    for (index_t r = 0; r < rows; ++r) {
+      const S* ds = work_.dscores + r * kStride<T>;
+      S* row = dbias - r;
+      for (index_t c = 0; c < sight.columns_of(r); c += kLanes<S>) {
+        save<S>(row + c, load<S>(row + c) + load<S>(ds + c));
       }
     }
   }
 
   // Adds the tile's part of dq, dk and dv.
-  void accumulate(index_t rows, index_t columns, index_t key) {
-    const Unit<T>*p, *ds, *ds_left;
-    if constexpr (kTerms<T> == 1) {
-      p = work_.scores;
-      ds = ds_left = work_.dprobabilities;
+  void accumulate(index_t rows, index_t key, const TileSight<T>& sight) {
+    const index_t size = key_rows_.columns, first = key / kTerms<T>, keys = sight.columns();
+    S *dk = work_.dk + key * size, *dv = work_.dv + key * size;
+    Left<T> p{nullptr, 1, kStride<T>}, ds{nullptr, 1, kStride<T>}, left{nullptr, kStride<T> / kTerms<T>, 1};
+    if constexpr (kTerms<T> == 2) {
+      p.data = work_.probability_units;
+      ds.data = work_.dscore_units;
+      left.data = work_.left_dscores;
     } else {
-      p = work_.probabilities;
-      ds = work_.dscores;
-      ds_left = work_.dscores_left;
+      p.data = work_.scores;
+      ds.data = left.data = work_.dscores;
     }
-    const index_t size = key_rows_.columns;
-    const auto add = [](S* sums, index_t stride) {
-      return std::pair<Rows<const S>, Rows<S>>{{sums, stride}, {sums, stride}};
-    };
-    const auto [dq_start, dq] = add(work_.dq, size);
-    const auto [dk_start, dk] = add(work_.dk + key * size, size);
-    const auto [dv_start, dv] = add(work_.dv + key * size, size);
-    product<T>(rows, size, {ds_left, kStride<T> / kTerms<T>, 1}, key_rows_, 0, key / kTerms<T>,
-               (key + columns) / kTerms<T>, dq_start, dq);
-    product<T>(columns, size, {p, 1, kStride<T>}, dout_rows_, 0, 0, rows / kTerms<T>, dv_start, dv);
-    product<T>(columns, size, {ds, 1, kStride<T>}, query_rows_, 0, 0, rows / kTerms<T>, dk_start, dk);
+    product<T>(rows, left, key_rows_, 0, {size, first, first + keys / kTerms<T>}, {work_.dq, size},
+               {work_.dq, size}, sight.over_keys(size, first));
+    product<T>(keys, p, dout_rows_, 0, {size, 0, rows / kTerms<T>}, {dv, size}, {dv, size},
+               sight.over_queries(size, rows));
+    product<T>(keys, ds, query_rows_, 0, {size, 0, rows / kTerms<T>}, {dk, size}, {dk, size},
+               sight.over_queries(size, rows));
   }
 
   BackwardTensors x_;

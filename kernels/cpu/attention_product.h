@@ -65,7 +65,10 @@ template <class T, int Vectors>
   for (index_t k = 0; k < depth; ++k) {
     Vector<Unit<T>> right[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) right[v] = load<Unit<T>>(b + v * kWidth);
+    for (int v = 0; v < Vectors; ++v) {
+      right[v] = load<Unit<T>>(b + v * kWidth);
+      hold(right[v]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Unit<T> left;
@@ -83,24 +86,35 @@ template <class T, int Vectors>
   }
 }
 
+// What of a product a block of rows needs: columns before `columns`, units [first, last) of the contraction.
+struct Extent {
+  index_t columns = 0, first = 0, last = 0;
+};
+
 // c [rows, columns] = start + a b over the units [first, last) of the contraction; a begins at unit `first`,
-// b at column `column` (a multiple of kPanel); rows a multiple of kRows, columns of kLanes.
-template <class T>
-void product(index_t rows, index_t columns, Left<T> a, const Right<T>& b, index_t column, index_t first,
-             index_t last, Rows<const stat_t<T>> start, Rows<stat_t<T>> c) {
+// b at column `column` (a multiple of kPanel); rows a multiple of kRows, columns of kLanes. extent_of(m) may
+// cut this short for the block of rows from m on, as causal attention does; what it cuts off c is not
+// written.
+template <class T, class ExtentOf>
+void product(index_t rows, Left<T> a, const Right<T>& b, index_t column, Extent whole,
+             Rows<const stat_t<T>> start, Rows<stat_t<T>> c, ExtentOf extent_of) {
   constexpr index_t kWidth = kLanes<stat_t<T>>;
   constexpr index_t kDepth = 64;  // of a pass: kDepth x kPanel units of b stay in the first-level cache
-  for (index_t n = 0; n < columns; n += kPanel<T>) {
+  for (index_t n = 0; n < whole.columns; n += kPanel<T>) {
     const index_t step = b.width(column + n);
-    const index_t vectors = std::min(kPanelVectors, (columns - n) / kWidth);
-    for (index_t k = first; k < last; k += kDepth) {
-      const index_t depth = std::min(kDepth, last - k);
-      const Unit<T>* panel = b.panel(column + n, k);
+    for (index_t pass = whole.first; pass == whole.first || pass < whole.last; pass += kDepth) {
       for (index_t m = 0; m < rows; m += kRows) {
-        const Unit<T>* left = a.data + m * a.row + (k - first) * a.step;
+        const Extent extent = extent_of(m);
+        const index_t vectors = std::min(kPanelVectors, (extent.columns - n) / kWidth);
+        const index_t first = std::max(pass, extent.first), last = std::min(pass + kDepth, extent.last);
+        const bool begins = extent.first >= pass && extent.first < pass + kDepth;
+        if (vectors <= 0 || (first >= last && !begins)) continue;
+        const Unit<T>* left = a.data + m * a.row + (first - whole.first) * a.step;
+        const Unit<T>* panel = b.panel(column + n, first);
+        const index_t depth = std::max<index_t>(0, last - first);
         const Rows<stat_t<T>> block{c.data + m * c.stride + n, c.stride};
         Rows<const stat_t<T>> begin{block.data, block.stride};
-        if (k == first) begin = {start.data ? start.data + m * start.stride + n : nullptr, start.stride};
+        if (begins) begin = {start.data ? start.data + m * start.stride + n : nullptr, start.stride};
         switch (vectors) {
           case 1:
             block_product<T, 1>(left, a.row, a.step, panel, step, depth, begin, block);
