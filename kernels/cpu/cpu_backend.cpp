@@ -128,8 +128,4 @@ void CpuBackend::do_scale(Tensor x, double factor) {
   });
 }
 
-void CpuBackend::do_matmul(Tensor a, Tensor b, Tensor c, MatmulOptions options) {
-  (*matmul_)(a, b, c, options);
-}
-
 }  // namespace regroup
