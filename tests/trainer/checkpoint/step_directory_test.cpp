@@ -1,0 +1,286 @@
+#include "trainer/checkpoint/step_directory.h"
+
+#include <fstream>
+#include <sys/resource.h>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "kernels/base/file.h"
+#include "tests/trainer/checkpoint/plain_file.h"
+#include "tests/trainer/checkpoint/shared_directory.h"
+#include "trainer/checkpoint/sharded_io.h"
+
+namespace regroup {
+namespace {
+
+using test::refusal;
+using testing::AllOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+
+class StepDirectory : public testing::Test {
+ protected:
+  // A step of two files, one of them of three checksum blocks.
+  void save(index_t step, char content = 'x') const {
+    PendingStep pending = store_.begin(step);
+    pending.write_text("model.safetensors", std::string((std::size_t{9} << 20) + 5, content));
+    pending.write_text("config.json", "{}");
+    pending.write_text("empty", "");
+    pending.commit({{"step", step}, {"samples", 128 * step}});
+  }
+  // Small and fast, for where only names matter.
+  void save_small(index_t step) const {
+    PendingStep pending = store_.begin(step);
+    pending.write_text("config.json", "{}");
+    pending.commit({{"step", step}});
+  }
+  // Does `work` on rank 0, seen by all.
+  template <class Work>
+  void once(Work&& work) const {
+    world_.run_on(0, work);
+    world_.barrier();
+  }
+  std::filesystem::path checkpoints() const { return directory_ / "run" / "checkpoints"; }
+
+  ProcessGroup world_ = ProcessGroup::world();
+  test::SharedDirectory directory_{world_};
+  CheckpointStore store_{world_, directory_ / "run"};
+};
+
+TEST_F(StepDirectory, AppearsWholeAtCommit) {
+  EXPECT_EQ(store_.latest(), std::nullopt);
+  store_.prepare();
+  {
+    PendingStep pending = store_.begin(12000);
+    EXPECT_EQ(pending.path(), checkpoints() / "step-00012000.partial");
+    pending.write_text("config.json", "{}\n");
+    pending.copy_file("tokenizer.model", std::filesystem::path(pending.path()) / "config.json");
+    EXPECT_EQ(store_.latest(), std::nullopt);
+    pending.commit({{"step", 12000}, {"seed", 7}});
+  }
+  EXPECT_EQ(store_.latest(), 12000);
+  EXPECT_EQ(store_.path_of(12000), checkpoints() / "step-00012000");
+  EXPECT_FALSE(std::filesystem::exists(checkpoints() / "step-00012000.partial"));
+  EXPECT_EQ(read_text(checkpoints() / "latest"), "step-00012000\n");
+  const auto state = store_.state(12000);
+  EXPECT_EQ(state["step"], 12000);
+  EXPECT_EQ(state["seed"], 7);
+  EXPECT_EQ(state["files"].size(), 2U);
+  EXPECT_EQ(state["files"]["tokenizer.model"]["bytes"], 3);
+  EXPECT_NO_THROW(store_.verify(12000));
+}
+
+TEST_F(StepDirectory, IsRemovedWithoutCommit) {
+  store_.prepare();
+  save_small(1);
+  { const PendingStep pending = store_.begin(2); }
+  world_.barrier();
+  EXPECT_FALSE(std::filesystem::exists(checkpoints() / "step-00000002.partial"));
+  EXPECT_THAT(store_.steps(), ElementsAre(1));
+  EXPECT_NO_THROW(store_.verify(1));
+}
+
+TEST_F(StepDirectory, IsNotWrittenTwice) {
+  store_.prepare();
+  save_small(1);
+  EXPECT_THAT(refusal([&] { store_.begin(1); }), HasSubstr("step-00000001 exists already"));
+  EXPECT_NO_THROW(store_.verify(1));
+}
+
+// What a process killed at each stage of a save or a removal leaves behind.
+TEST_F(StepDirectory, WhatAKillLeavesIsNeverTakenForAStep) {
+  store_.prepare();
+  save_small(5);
+  once([&] {
+    const auto put = [&](const std::string& name) {
+      regroup::create_directories(checkpoints() / name);
+      std::filesystem::copy(store_.path_of(5), checkpoints() / name,
+                            std::filesystem::copy_options::recursive);
+    };
+    regroup::create_directories(checkpoints() / "step-00000006.partial");   // just begun
+    put("step-00000007.partial");                                           // complete but not renamed
+    put("step-00000002.deleting");                                          // renamed, not yet removed
+    regroup::create_directories(checkpoints() / "step-00000003.deleting");  // half removed
+    write_text(checkpoints() / "latest.4711.partial", "step-000");          // `latest` half written
+    write_text(checkpoints() / "latest", "step-00000004\n");  // renamed, `latest` not yet replaced
+    regroup::create_directories(checkpoints() / "step-9");    // not ours
+    regroup::create_directories(checkpoints() / "step-99999999999999999999");  // not ours
+    write_text(checkpoints() / "step-00000010", "a file");
+  });
+  EXPECT_THAT(store_.steps(), ElementsAre(5));
+  store_.prepare();
+  EXPECT_THAT(store_.steps(), ElementsAre(5));
+  EXPECT_NO_THROW(store_.verify(5));
+  for (const char* gone : {"step-00000006.partial", "step-00000007.partial", "step-00000002.deleting",
+                           "step-00000003.deleting", "latest.4711.partial"}) {
+    EXPECT_FALSE(std::filesystem::exists(checkpoints() / gone)) << gone;
+  }
+  EXPECT_TRUE(std::filesystem::exists(checkpoints() / "step-9"));
+  world_.barrier();
+  save_small(6);  // over what was there
+  EXPECT_EQ(store_.latest(), 6);
+}
+
+TEST_F(StepDirectory, BeginClearsAStalePartial) {
+  store_.prepare();
+  once([&] {
+    regroup::create_directories(checkpoints() / "step-00000001.partial");
+    write_text(checkpoints() / "step-00000001.partial" / "stale", "stale");
+  });
+  save_small(1);
+  EXPECT_FALSE(store_.state(1)["files"].contains("stale"));
+}
+
+// The checksums do not depend on the number of ranks: against the definition, computed on one.
+TEST_F(StepDirectory, ChecksumsAreThoseOfTheBlocks) {
+  std::string content((std::size_t{9} << 20) + 5, '\0');
+  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 2654435761U >> 13);
+  once([&] {
+    write_text(directory_ / "large", content);
+    write_text(directory_ / "empty", "");
+    write_text(directory_ / "small", "abc");
+  });
+  const auto reference = [](const std::string& text) {
+    std::vector<std::uint64_t> blocks;
+    constexpr std::size_t kBlock = std::size_t{4} << 20;
+    for (std::size_t at = 0; at < text.size(); at += kBlock) {
+      const std::string_view block = std::string_view(text).substr(at, kBlock);
+      blocks.push_back(checksum(std::as_bytes(std::span(block.data(), block.size()))));
+    }
+    return checksum(std::as_bytes(std::span(blocks)));
+  };
+  EXPECT_THAT(tree_checksums(world_, {directory_ / "large", directory_ / "empty", directory_ / "small"}),
+              ElementsAre(reference(content), reference(""), reference("abc")));
+  EXPECT_THAT(tree_checksums(world_, {}), IsEmpty());
+  EXPECT_THAT(refusal([&] { tree_checksums(world_, {directory_ / "absent"}); }), HasSubstr("absent"));
+}
+
+TEST_F(StepDirectory, VerifyNamesTheDamagedFile) {
+  store_.prepare();
+  save(3);
+  EXPECT_NO_THROW(store_.verify(3));
+  for (const std::string name : {"model.safetensors", "config.json", "trainer.json"}) {
+    const auto path = store_.path_of(3) / name;
+    const std::string intact = read_text(path);
+    const auto expect_found = [&](const std::string& damage) {
+      EXPECT_THAT(refusal([&] { store_.verify(3); }),
+                  AllOf(HasSubstr(path.string()), HasSubstr("an earlier checkpoint"), Not(HasSubstr("\n"))))
+          << name << ": " << damage;
+      world_.barrier();
+      once([&] { write_text(path, intact); });
+    };
+    for (const std::size_t at : {std::size_t{0}, intact.size() / 2, intact.size() - 1}) {
+      for (const int bit : {0, 5}) {
+        once([&] {
+          std::string flipped = intact;
+          flipped[at] = static_cast<char>(flipped[at] ^ (1 << bit));
+          write_text(path, flipped);
+        });
+        expect_found(fmt::format("bit {} of byte {}", bit, at));
+      }
+    }
+    once([&] { write_text(path, intact.substr(0, intact.size() - 1)); });
+    expect_found("truncated");
+    once([&] { write_text(path, intact + "x"); });
+    expect_found("longer");
+    once([&] { write_text(path, ""); });
+    expect_found("empty");
+    once([&] { std::filesystem::remove(path); });
+    EXPECT_THAT(refusal([&] { store_.verify(3); }), HasSubstr(path.string())) << name;
+    world_.barrier();
+    once([&] { write_text(path, intact); });
+  }
+  EXPECT_NO_THROW(store_.verify(3));
+}
+
+// Every single bit of trainer.json, which has no other file to vouch for it.
+TEST_F(StepDirectory, EveryBitOfTheStateCounts) {
+  store_.prepare();
+  save_small(1);
+  const auto path = store_.path_of(1) / "trainer.json";
+  const std::string intact = read_text(path);
+  for (std::size_t at = 0; at < intact.size(); ++at) {
+    for (int bit = 0; bit < 8; ++bit) {
+      once([&] {
+        std::string flipped = intact;
+        flipped[at] = static_cast<char>(flipped[at] ^ (1 << bit));
+        std::ofstream(path, std::ios::binary | std::ios::trunc) << flipped;
+      });
+      EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged"))
+          << "bit " << bit << " of byte " << at;
+      world_.barrier();
+    }
+  }
+}
+
+TEST_F(StepDirectory, StatesOfOtherMakeAreRefused) {
+  store_.prepare();
+  save_small(1);
+  const auto path = store_.path_of(1) / "trainer.json";
+  for (const std::string text :
+       {"", "{", "[]", "{}", "null", R"({"files":{}})", R"({"files":[],"checksum":""})",
+        R"({"files":{"../x":{"bytes":1,"checksum":"a"}},"checksum":"0"})"}) {
+    once([&] { write_text(path, text); });
+    EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged")) << text;
+    world_.barrier();
+  }
+}
+
+TEST_F(StepDirectory, PruneKeepsTheNewestAndTheMultiples) {
+  store_.prepare();
+  for (index_t step = 100; step <= 900; step += 100) save_small(step);
+  store_.prune(3, 0);
+  EXPECT_THAT(store_.steps(), ElementsAre(700, 800, 900));
+  for (index_t step = 1000; step <= 1400; step += 100) save_small(step);
+  store_.prune(2, 400);
+  EXPECT_THAT(store_.steps(), ElementsAre(800, 1200, 1300, 1400));
+  store_.prune(0, 0);  // never the newest
+  EXPECT_THAT(store_.steps(), ElementsAre(1400));
+  EXPECT_NO_THROW(store_.verify(1400));
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(checkpoints())) {
+    names.push_back(entry.path().filename().string());
+  }
+  EXPECT_THAT(names, testing::UnorderedElementsAre("latest", "step-00001400"));
+}
+
+// A file that may not be written, on every rank one line, and what was there before stays.
+TEST_F(StepDirectory, AFailedSaveLeavesOlderStepsAlone) {
+  store_.prepare();
+  save_small(1);
+  std::vector<float> memory(4096);
+  const std::vector<ShardedTensor> tensors = {{.name = "t",
+                                               .shape = {4096},
+                                               .slice = {.dim = 0, .begin = 0, .end = 4096},
+                                               .local = Tensor(memory.data(), DType::kFloat32, {4096})}};
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit small = {.rlim_cur = 4096, .rlim_max = before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
+  const std::string message = refusal([&] {
+    PendingStep pending = store_.begin(2);
+    write_tensors(world_, pending.path(), "model", tensors, world_.rank() == 0);
+    pending.commit({{"step", 2}});
+  });
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+  EXPECT_THAT(message,
+              AllOf(HasSubstr("cannot write"), HasSubstr("model.safetensors"), Not(HasSubstr("\n"))));
+  world_.barrier();
+  EXPECT_FALSE(std::filesystem::exists(checkpoints() / "step-00000002.partial"));
+  EXPECT_THAT(store_.steps(), ElementsAre(1));
+  EXPECT_NO_THROW(store_.verify(1));
+}
+
+TEST_F(StepDirectory, SaysOnEveryRankThatADirectoryCannotBeMade) {
+  once([&] {
+    regroup::create_directories(directory_ / "run");
+    write_text(checkpoints(), "a file in the way");
+  });
+  EXPECT_THAT(refusal([&] { store_.prepare(); }), HasSubstr(checkpoints().string()));
+}
+
+}  // namespace
+}  // namespace regroup
