@@ -1,0 +1,142 @@
+// Grouped-query attention on the CPU: parity with loops over the definition, gradients, the same bits with
+// any number of threads, bfloat16 no worse than a naive implementation.
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/kernels/attention_cases.h"
+#include "tests/support/gradient_check.h"
+
+namespace regroup::test {
+namespace {
+
+std::vector<AttentionCase> all_cases() {
+  std::vector<AttentionCase> all = attention_combinations(19, 23, 12);
+  for (const AttentionCase& c : attention_shapes()) all.push_back(c);
+  return all;
+}
+
+class AttentionTest : public testing::TestWithParam<AttentionCase> {};
+
+TEST_P(AttentionTest, AgreesWithTheDefinition) {
+  CpuBackend backend(2);
+  for (const DType dtype : {DType::kFloat64, DType::kFloat32}) {
+    expect_parity(backend, attention_case(GetParam()), dtype);
+    expect_parity(backend, attention_backward_case(GetParam()), dtype);
+  }
+}
+
+TEST_P(AttentionTest, SameBitsWithAnyNumberOfThreads) {
+  CpuBackend one(1), two(2), five(5);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const OpCase& op : {attention_case(GetParam()), attention_backward_case(GetParam())}) {
+      expect_same_bits(one, two, op, dtype);
+      expect_same_bits(one, five, op, dtype);
+    }
+  }
+}
+
+struct Errors {
+  double naive = 0, own = 0, scale = 0;
+};
+
+// Largest errors against `want`.
+Errors errors_of(const Numbers& want, const Numbers& naive, const Numbers& own) {
+  Errors errors{.scale = largest(want)};
+  for (std::size_t n = 0; n < want.size(); ++n) {
+    if (std::isinf(want[n])) {
+      EXPECT_EQ(own[n], want[n]);
+      continue;
+    }
+    EXPECT_FALSE(std::isnan(own[n]));
+    errors.naive = std::max(errors.naive, std::abs(naive[n] - want[n]));
+    errors.own = std::max(errors.own, std::abs(own[n] - want[n]));
+  }
+  return errors;
+}
+
+// The rule of FlashAttention's tests: an error of at most twice the naive implementation's, plus one
+// rounding.
+void expect_no_worse_than_naive(const OpCase& op, const std::vector<Numbers>& want,
+                                const std::vector<Numbers>& naive, const std::vector<Numbers>& own) {
+  for (std::size_t i = 0; i < op.arguments.size(); ++i) {
+    const Argument& argument = op.arguments[i];
+    if (argument.role == Role::kInput || argument.shape.empty()) continue;
+    const Errors errors = errors_of(want[i], naive[i], own[i]);
+    EXPECT_LE(errors.own, 2 * errors.naive + unit_roundoff(DType::kBFloat16) * errors.scale)
+        << op.name << ": " << argument.name << ", of at most " << errors.scale;
+  }
+}
+
+TEST_P(AttentionTest, BFloat16IsNoWorseThanANaiveImplementation) {
+  CpuBackend backend(2);
+  const AttentionCase& c = GetParam();
+  const NaiveAttention exactly(c, exact), naively(c, to_bfloat16);
+  const OpCase forward_op = attention_case(c), backward_op = attention_backward_case(c);
+  Instance forward(backend, forward_op, DType::kBFloat16), backward(backend, backward_op, DType::kBFloat16);
+  std::vector<Numbers> want = forward.initial(), naive = want;
+  forward.call();
+  exactly.forward(want);
+  naively.forward(naive);
+  expect_no_worse_than_naive(forward_op, want, naive, forward.numbers());
+
+  // Each implementation's gradients from its own out and log_sum_exp.
+  std::vector<Numbers> dwant = backward.initial(), dnaive = dwant;
+  for (const std::size_t i : {5, 6}) {
+    backward.set(i + 1, forward.numbers()[i]);
+    dwant[i + 1] = want[i];
+    dnaive[i + 1] = naive[i];
+  }
+  backward.call();
+  exactly.backward(dwant);
+  naively.backward(dnaive);
+  expect_no_worse_than_naive(backward_op, dwant, dnaive, backward.numbers());
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, AttentionTest, testing::ValuesIn(all_cases()),
+                         [](const auto& instance) { return instance.param.name(); });
+
+class AttentionGradientTest : public testing::TestWithParam<AttentionCase> {};
+
+TEST_P(AttentionGradientTest, AgreesWithCentralDifferences) {
+  CpuBackend backend(1);
+  expect_gradients(backend, attention_case(GetParam()), attention_backward_case(GetParam()));
+}
+
+std::vector<AttentionCase> gradient_cases() {
+  std::vector<AttentionCase> all = attention_combinations(5, 7, 3);
+  AttentionCase dropped = all.back();
+  dropped.dropout = 0.1;
+  all.push_back(dropped);
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, AttentionGradientTest, testing::ValuesIn(gradient_cases()),
+                         [](const auto& instance) { return instance.param.name(); });
+
+// A query that sees no key: out 0, log_sum_exp +inf, gradients 0, also where memory held NaN before.
+TEST(Attention, BlindQueriesGiveZeros) {
+  CpuBackend backend(2);
+  const AttentionCase c{.queries = 70,
+                        .keys = 40,
+                        .heads = 2,
+                        .groups = 1,
+                        .size = 64,
+                        .bias = true,
+                        .mask = Mask::kBlindSample};
+  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
+    Instance forward(backend, attention_case(c), dtype), backward(backend, attention_backward_case(c), dtype);
+    forward.call();
+    const std::vector<Numbers> results = forward.numbers();
+    backward.set(6, results[5]);
+    backward.set(7, results[6]);
+    backward.call();
+    const std::vector<Numbers> gradients = backward.numbers();
+    for (const Numbers& x : {results[5], gradients[8], gradients[9], gradients[10]}) {
+      for (std::size_t n = 0; n < x.size() / 2; ++n) ASSERT_EQ(x[n], 0) << "at " << n;
+    }
+    for (std::size_t n = 0; n < results[6].size() / 2; ++n) {
+      ASSERT_EQ(results[6][n], std::numeric_limits<double>::infinity());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace regroup::test
