@@ -15,6 +15,8 @@ index_t relative_position_bucket(index_t distance, bool bidirectional, index_t b
     past = std::abs(distance);
   }
   const index_t exact = buckets / 2;
+  check(exact >= 1 && max_distance > exact, "{} buckets a direction do not reach to distance {}", buckets,
+        max_distance);
   if (past < exact) return first + past;
   const double octaves = std::log(static_cast<double>(past) / static_cast<double>(exact)) /
                          std::log(static_cast<double>(max_distance) / static_cast<double>(exact));

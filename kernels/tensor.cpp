@@ -89,12 +89,11 @@ bool overlaps(const Tensor& a, const Tensor& b) {
     index_t last = 0;
     for (int dim = 0; dim < t.rank; ++dim) {
       const auto d = static_cast<std::size_t>(dim);
-      if (t.shape[d] == 0) return static_cast<const std::byte*>(t.data);
       last += (t.shape[d] - 1) * t.stride[d];
     }
     return static_cast<const std::byte*>(t.data) + (last + 1) * size_of(t.dtype);
   };
-  if (!a || !b) return false;
+  if (!a || !b || a.numel() == 0 || b.numel() == 0) return false;
   return static_cast<const std::byte*>(a.data) < end_of(b) &&
          static_cast<const std::byte*>(b.data) < end_of(a);
 }
