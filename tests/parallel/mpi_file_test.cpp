@@ -238,10 +238,11 @@ TEST_F(MpiFile, AFileSizeLimitOfOneRankIsRefusedOnEveryRank) {
   const auto path = folder_ / "file";
   const std::string message = refusal([&] { write(path, {}, 4097); });
   EXPECT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+  const std::string where = world_.size() == 1 ? "" : fmt::format("on rank {}: ", world_.size() - 1);
   EXPECT_EQ(message,
-            fmt::format("cannot write {}: it will have 4097 bytes and this process may write files of at "
-                        "most 4096; raise the limit (ulimit -f)",
-                        path.string()));
+            fmt::format("{}cannot write {}: it will have 4097 bytes and this process may write files of "
+                        "at most 4096; raise the limit (ulimit -f)",
+                        where, path.string()));
 }
 
 TEST_F(MpiFile, BlocksPastTheEndOrOverlappingAreBugs) {

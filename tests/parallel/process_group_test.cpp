@@ -111,18 +111,32 @@ TEST(ProcessGroup, RunOnRaisesTheRootsErrorOnEveryRank) {
   EXPECT_EQ(thrown_by([&] { world.run_on(root, [] { throw UserError("{}", ""); }); }), "user: ");
 }
 
-TEST(ProcessGroup, RunTogetherRaisesTheLowestRanksError) {
+TEST(ProcessGroup, RunTogetherRaisesTheLowestRanksErrorAndNamesTheRank) {
   const ProcessGroup world = ProcessGroup::world();
   const int first = (world.size() - 1) / 2;
   int runs = 0;
   EXPECT_EQ(thrown_by([&] { world.run_together([&] { ++runs; }); }), "");
   EXPECT_EQ(runs, 1);
-  EXPECT_EQ(thrown_by([&] {
-              world.run_together([&] {
-                if (world.rank() >= first) throw UserError("rank {}", world.rank());
-              });
-            }),
-            fmt::format("user: rank {}", first));
+  const auto fail_from_first = [&] {
+    if (world.rank() >= first) throw UserError("rank {}", world.rank());
+  };
+  EXPECT_EQ(thrown_by([&] { world.run_together(fail_from_first); }),
+            world.size() == 1 ? "user: rank 0" : fmt::format("user: on rank {}: rank {}", first, first));
+}
+
+TEST(ProcessGroup, RunTogetherNamesNoRankWhereAllFailAlike) {
+  const ProcessGroup world = ProcessGroup::world();
+  EXPECT_EQ(thrown_by([&] { world.run_together([] { throw SystemError("disk"); }); }), "system: disk");
+}
+
+TEST(ProcessGroup, MarksWhatEveryRankThrows) {
+  const ProcessGroup world = ProcessGroup::world();
+  try {
+    world.run_on(0, [] { throw UserError("x"); });
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_TRUE(error.on_every_rank());
+  }
 }
 
 }  // namespace
