@@ -196,23 +196,20 @@ TEST_F(StepDirectory, VerifyNamesTheDamagedFile) {
   EXPECT_NO_THROW(store_.verify(3));
 }
 
-// Every single bit of trainer.json, which has no other file to vouch for it.
-TEST_F(StepDirectory, EveryBitOfTheStateCounts) {
+// Every byte of trainer.json, which has no other file to vouch for it.
+TEST_F(StepDirectory, EveryByteOfTheStateCounts) {
   store_.prepare();
   save_small(1);
   const auto path = store_.path_of(1) / "trainer.json";
   const std::string intact = read_text(path);
   for (std::size_t at = 0; at < intact.size(); ++at) {
-    for (int bit = 0; bit < 8; ++bit) {
-      once([&] {
-        std::string flipped = intact;
-        flipped[at] = static_cast<char>(flipped[at] ^ (1 << bit));
-        std::ofstream(path, std::ios::binary | std::ios::trunc) << flipped;
-      });
-      EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged"))
-          << "bit " << bit << " of byte " << at;
-      world_.barrier();
-    }
+    once([&] {
+      std::string flipped = intact;
+      flipped[at] = static_cast<char>(flipped[at] ^ (1 << (at % 8)));
+      std::ofstream(path, std::ios::binary | std::ios::trunc) << flipped;
+    });
+    EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged")) << "byte " << at;
+    world_.barrier();
   }
 }
 
