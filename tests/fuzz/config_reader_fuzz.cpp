@@ -1,5 +1,5 @@
-// libFuzzer: whatever the bytes, parse_config() returns lines or throws UserError; and what it returns, written
-// out again, reads as the same.
+// libFuzzer: whatever the bytes, parse_config() returns lines or throws UserError; and what it returns,
+// written out again, reads as the same.
 #include <cstddef>
 #include <cstdint>
 #include <string>
