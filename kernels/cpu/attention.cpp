@@ -72,6 +72,14 @@ class Forward {
   }
 
   void head(index_t sample, index_t head) {
+    if (head + 1 < shape_.heads) {
+      prefetch<T>(head_rows<const T>(q_, sample, head + 1, 0), shape_.queries, shape_.size);
+      const index_t next = (head + 1) / shape_.heads_per_group();
+      if (next != head / shape_.heads_per_group()) {
+        prefetch<T>(head_rows<const T>(k_, sample, next, 0), shape_.keys, shape_.size);
+        prefetch<T>(head_rows<const T>(v_, sample, next, 0), shape_.keys, shape_.size);
+      }
+    }
     const VisibleKeys visible(key_mask_, sample, shape_.keys);
     const HeadBias<S> bias(bias_, head, shape_, kPanel<T>, work_.bias);
     const HeadDropout dropout(options_, shape_, sample, head);

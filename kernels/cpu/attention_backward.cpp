@@ -98,6 +98,16 @@ class Backward {
 
  private:
   void head(index_t sample, index_t head, const VisibleKeys& visible, S* dbias) {
+    if (head + 1 < shape_.heads) {
+      for (const Tensor& x : {x_.q, x_.dout, x_.out}) {
+        prefetch<T>(head_rows<const T>(x, sample, head + 1, 0), shape_.queries, shape_.size);
+      }
+      const index_t next = (head + 1) / shape_.heads_per_group();
+      if (next != head / shape_.heads_per_group()) {
+        prefetch<T>(head_rows<const T>(x_.k, sample, next, 0), shape_.keys, shape_.size);
+        prefetch<T>(head_rows<const T>(x_.v, sample, next, 0), shape_.keys, shape_.size);
+      }
+    }
     const HeadBias<S> bias(x_.bias, head, shape_, kPanel<T>, work_.bias);
     const HeadDropout dropout(options_, shape_, sample, head);
     for (index_t first = 0; first < shape_.queries; first += kQueries) {
