@@ -82,6 +82,8 @@ Adafactor::Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, 
   }
 }
 
+Adafactor::~Adafactor() = default;
+
 double Adafactor::update(index_t step, double learning_rate) {
   const double beta2 =
       1 - std::pow(static_cast<double>(step - options_.step_offset + 1), -options_.decay_rate);

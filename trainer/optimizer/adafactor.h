@@ -21,6 +21,7 @@ class Adafactor final : public Optimizer {
   };
 
   Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, const Options& options);
+  ~Adafactor() override;
 
   double update(index_t step, double learning_rate) override;
   std::vector<ShardedTensor> state() const override;

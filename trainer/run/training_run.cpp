@@ -10,6 +10,7 @@
 #include "kernels/base/file.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/matmul_peak.h"
+#include "trainer/checkpoint/sharded_io.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
@@ -266,7 +267,7 @@ int TrainingRun::run() {
     log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);
     return 0;
   }
-  world_.run_on(0, [&] { create_directories(options_.run / "tensorboard"); });
+  world_.run_on(0, [&] { regroup::create_directories(options_.run / "tensorboard"); });
   checkpoints_.prepare();
   build();
   world_.run_on(0, [&] {

@@ -1,0 +1,230 @@
+// Loss, logits and every gradient against transformers' T5 (tests/golden), heads of a group repeated there.
+#include <cmath>
+#include <filesystem>
+#include <map>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "kernels/base/file.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/run/model_runner.h"
+
+namespace regroup {
+namespace {
+
+// A fixture file: transformers' weights, gradients, inputs and outputs.
+class Golden {
+ public:
+  explicit Golden(const std::string& name)
+      : path_(std::filesystem::path(REGROUP_GOLDEN) / (name + ".safetensors")), reader_(path_) {
+    const auto fields = nlohmann::json::parse(reader_.metadata().at("config"));
+    config_ = {.vocab_size = fields.at("vocab_size"),
+               .d_model = fields.at("d_model"),
+               .d_kv = fields.at("d_kv"),
+               .d_ff = fields.at("d_ff"),
+               .num_heads = fields.at("num_heads"),
+               .num_layers = fields.at("num_layers"),
+               .num_decoder_layers = fields.at("num_decoder_layers"),
+               .kv_groups = fields.at("kv_groups"),
+               .encoder_kv_groups = fields.at("encoder_kv_groups")};
+    z_loss_ = fields.at("z_loss");
+  }
+
+  const ModelConfig& config() const { return config_; }
+  double z_loss() const { return z_loss_; }
+
+  std::vector<double> values(const std::string& name) const {
+    const StoredTensor* stored = reader_.find(name);
+    check(stored != nullptr, "the fixture has no {}", name);
+    index_t size = 1;
+    for (const index_t extent : stored->shape) size *= extent;
+    std::vector<double> result(static_cast<std::size_t>(size));
+    reader_.read(name, 0, 0, stored->shape[0], Tensor(result.data(), DType::kFloat64, stored->shape));
+    return result;
+  }
+
+  Batch batch() const {
+    const StoredTensor& inputs = *reader_.find("input_ids");
+    const StoredTensor& labels = *reader_.find("labels");
+    return {.size = inputs.shape[0],
+            .inputs_length = inputs.shape[1],
+            .targets_length = labels.shape[1],
+            .input_ids = ids(inputs),
+            .targets = ids(labels)};
+  }
+
+ private:
+  std::vector<std::int32_t> ids(const StoredTensor& tensor) const {
+    std::vector<std::int32_t> result((tensor.end - tensor.begin) / sizeof(std::int32_t));
+    InputFile(path_).read(tensor.begin, std::as_writable_bytes(std::span(result)));
+    return result;
+  }
+
+  std::filesystem::path path_;
+  CheckpointReader reader_;
+  ModelConfig config_;
+  double z_loss_ = 0;
+};
+
+std::vector<double> host(Backend& backend, Tensor tensor) {
+  std::vector<double> result(static_cast<std::size_t>(tensor.numel()));
+  if (tensor.dtype == DType::kFloat64) {
+    backend.copy_to_host(tensor, result.data());
+  } else {
+    std::vector<float> narrow_values(result.size());
+    backend.copy_to_host(tensor, narrow_values.data());
+    std::copy(narrow_values.begin(), narrow_values.end(), result.begin());
+  }
+  return result;
+}
+
+double relative_error(const std::vector<double>& values, const std::vector<double>& expected) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    difference += (values[i] - expected[i]) * (values[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+}
+
+// The model with the fixture's weights, ready to run its batch.
+struct Model {
+  Model(const Golden& golden, DType dtype, bool recompute = false)
+      : mesh(Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0,
+                        {golden.config().kv_groups, golden.config().encoder_kv_groups})),
+        batch(golden.batch()),
+        runner(backend, mesh, golden.config(),
+               {.compute = dtype,
+                .micro_batch = batch.size,
+                .inputs_length = batch.inputs_length,
+                .targets_length = batch.targets_length,
+                .train = true,
+                .recompute = recompute,
+                .z_loss = golden.z_loss()}) {
+    ParameterStore& store = runner.parameters();
+    for (std::size_t i = 0; i < store.size(); ++i) {
+      const std::vector<double> wide = golden.values("weights." + store.table()[i].name);
+      const std::vector<float> narrow_values(wide.begin(), wide.end());
+      const bool is_wide = dtype == DType::kFloat64;
+      backend.copy_from_host(is_wide ? static_cast<const void*>(wide.data()) : narrow_values.data(),
+                             store.master(i));
+    }
+    store.refresh_weights();
+  }
+
+  double targets() const {
+    return static_cast<double>(
+        std::count_if(batch.targets.begin(), batch.targets.end(), [](int id) { return id != 0; }));
+  }
+  double train() {
+    runner.clear_gradients();
+    runner.train(batch, {}, 1 / targets());
+    const LossSums sums = runner.take_losses();
+    return (sums.cross_entropy + sums.z_loss) / sums.targets;
+  }
+
+  CpuBackend backend{2};
+  Mesh mesh;
+  Batch batch;
+  ModelRunner runner;
+};
+
+struct Case {
+  std::string name;
+  DType dtype;
+  bool recompute = false;
+};
+
+class GoldenTest : public testing::TestWithParam<Case> {};
+
+TEST_P(GoldenTest, LossAndGradientsAreThoseOfTransformers) {
+  const Golden golden(GetParam().name);
+  Model model(golden, GetParam().dtype, GetParam().recompute);
+  const double loss = model.train();
+  const double expected = golden.values("loss")[0];
+  EXPECT_NEAR(loss, expected, 1e-5 * std::abs(expected));
+  const ParameterStore& store = model.runner.parameters();
+  for (std::size_t i = 0; i < store.size(); ++i) {
+    const std::string& name = store.table()[i].name;
+    EXPECT_LT(relative_error(host(model.backend, store.gradient(i)), golden.values("gradients." + name)),
+              1e-3)
+        << name;
+  }
+}
+
+TEST_P(GoldenTest, LogitsAreThoseOfTransformers) {
+  const Golden golden(GetParam().name);
+  Model model(golden, GetParam().dtype);
+  const index_t rows = model.batch.size * model.batch.targets_length;
+  const DType stat = stat_dtype(GetParam().dtype);
+  const Buffer buffer = model.backend.allocate(rows * golden.config().vocab_size * size_of(stat));
+  const Tensor logits = buffer.tensor(stat, {rows, golden.config().vocab_size});
+  model.runner.logits(model.batch, logits);
+  const std::vector<double> values = host(model.backend, logits);
+  const std::vector<double> expected = golden.values("logits");
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (model.batch.targets[i / static_cast<std::size_t>(golden.config().vocab_size)] == 0) continue;
+    ASSERT_NEAR(values[i], expected[i], 1e-4) << "at " << i;
+  }
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "zloss", "long"}) {
+    all.push_back({name, DType::kFloat32});
+    all.push_back({name, DType::kFloat64, /*recompute=*/true});
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, GoldenTest, testing::ValuesIn(cases()), [](const auto& param) {
+  return param.param.name + "_" + std::string(name_of(param.param.dtype)) +
+         (param.param.recompute ? "_recompute" : "");
+});
+
+TEST(GoldenBFloat16, LossIsCloseAndGradientsPointTheSameWay) {
+  for (const char* name : {"mha", "gqa2", "mqa"}) {
+    const Golden golden(name);
+    Model model(golden, DType::kBFloat16);
+    const double expected = golden.values("loss")[0];
+    EXPECT_NEAR(model.train(), expected, 1e-2 * expected) << name;
+    const ParameterStore& store = model.runner.parameters();
+    double dot = 0, norm = 0, expected_norm = 0;
+    for (std::size_t i = 0; i < store.size(); ++i) {
+      const std::vector<double> gradient = host(model.backend, store.gradient(i));
+      const std::vector<double> reference = golden.values("gradients." + store.table()[i].name);
+      for (std::size_t k = 0; k < gradient.size(); ++k) {
+        dot += gradient[k] * reference[k];
+        norm += gradient[k] * gradient[k];
+        expected_norm += reference[k] * reference[k];
+      }
+    }
+    EXPECT_GT(dot / std::sqrt(norm * expected_norm), 0.999) << name;
+  }
+}
+
+TEST(GoldenGradients, AccumulateOverMicroBatches) {
+  const Golden golden("gqa2");
+  Model model(golden, DType::kFloat64);
+  model.train();
+  const std::vector<double> whole = host(model.backend, model.runner.parameters().all_gradients());
+  model.runner.clear_gradients();
+  const Batch all = model.batch;
+  for (index_t b = 0; b < all.size; ++b) {
+    const auto row = [b](const std::vector<std::int32_t>& ids, index_t length) {
+      return std::vector(ids.begin() + b * length, ids.begin() + (b + 1) * length);
+    };
+    const Batch one = {.size = 1,
+                       .inputs_length = all.inputs_length,
+                       .targets_length = all.targets_length,
+                       .input_ids = row(all.input_ids, all.inputs_length),
+                       .targets = row(all.targets, all.targets_length)};
+    model.runner.train(one, {}, 1 / model.targets());
+  }
+  EXPECT_LT(relative_error(host(model.backend, model.runner.parameters().all_gradients()), whole), 1e-13);
+}
+
+}  // namespace
+}  // namespace regroup

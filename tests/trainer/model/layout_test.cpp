@@ -1,0 +1,197 @@
+// Any layout equals one rank: losses, gradients, norms and weights after three Adafactor steps, fp32, with
+// dropout.
+#include <cmath>
+
+#include <gtest/gtest.h>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "trainer/optimizer/adafactor.h"
+#include "trainer/optimizer/adamw.h"
+#include "trainer/run/model_runner.h"
+
+namespace regroup {
+namespace {
+
+constexpr index_t kSamples = 8, kInputs = 11, kTargets = 7, kVocabulary = 256;
+constexpr std::uint64_t kSeed = 17;
+constexpr int kSteps = 3;
+
+ModelConfig config_of(index_t kv_groups, index_t encoder_kv_groups) {
+  return {.vocab_size = kVocabulary,
+          .d_model = 128,
+          .d_kv = 16,
+          .d_ff = 136,
+          .num_heads = 8,
+          .num_layers = 2,
+          .num_decoder_layers = 2,
+          .kv_groups = kv_groups,
+          .encoder_kv_groups = encoder_kv_groups,
+          .dropout_rate = 0.1};
+}
+
+// The samples [first, first + count) of the global batch of a step, of different lengths, padded with 0.
+Batch batch_of(index_t step, index_t first, index_t count) {
+  Batch batch{.first_sample = first, .size = count, .inputs_length = kInputs, .targets_length = kTargets};
+  for (index_t n = first; n < first + count; ++n) {
+    const Philox philox(kSeed, RandomPurpose::kTest, static_cast<std::uint64_t>(step * kSamples + n));
+    const auto fill = [&](std::vector<std::int32_t>& ids, index_t length, std::uint64_t stream) {
+      const index_t real = length - static_cast<index_t>(philox.below(4, stream));
+      for (index_t i = 0; i < length; ++i) {
+        const auto id = 2 + philox.below(kVocabulary - 2, stream + 1 + static_cast<std::uint64_t>(i));
+        ids.push_back(i < real ? static_cast<std::int32_t>(id) : 0);
+      }
+    };
+    fill(batch.input_ids, kInputs, 0);
+    fill(batch.targets, kTargets, 1000);
+  }
+  return batch;
+}
+
+double targets_of(index_t step) {
+  const Batch all = batch_of(step, 0, kSamples);
+  return static_cast<double>(
+      std::count_if(all.targets.begin(), all.targets.end(), [](int id) { return id != 0; }));
+}
+
+struct Outcome {
+  std::vector<double> losses, norms;
+};
+
+// Three steps on a mesh; gradients are those of the last step.
+class Training {
+ public:
+  Training(const Mesh& mesh, const ModelConfig& config, index_t micro_batch, bool recompute, bool adamw = false)
+      : mesh_(mesh),
+        micro_batch_(micro_batch),
+        runner_(backend_, mesh, config,
+                {.compute = DType::kFloat32,
+                 .micro_batch = micro_batch,
+                 .inputs_length = kInputs,
+                 .targets_length = kTargets,
+                 .train = true,
+                 .dropout_rate = config.dropout_rate,
+                 .recompute = recompute,
+                 .z_loss = 1e-4}) {
+    runner_.parameters().initialise(kSeed);
+    if (adamw) {
+      optimizer_ = std::make_unique<AdamW>(
+          backend_, runner_.parameters(), mesh,
+          AdamW::Options{.weight_decay = 0.1, .scale_by_rms = true, .max_gradient_norm = 1});
+    } else {
+      optimizer_ = std::make_unique<Adafactor>(backend_, runner_.parameters(), mesh, Adafactor::Options{});
+    }
+  }
+
+  Outcome train() {
+    Outcome outcome;
+    const index_t share = kSamples / mesh_.dp_size();
+    for (index_t step = 0; step < kSteps; ++step) {
+      runner_.clear_gradients();
+      for (index_t m = 0; m < share; m += micro_batch_) {
+        const index_t first = share * mesh_.dp_rank() + m;
+        runner_.train(batch_of(step, first, micro_batch_),
+                      {.seed = kSeed, .step = step, .first_sample = first}, 1 / targets_of(step));
+      }
+      outcome.losses.push_back(runner_.take_losses().mean());
+      runner_.synchronise_gradients();
+      outcome.norms.push_back(optimizer_->update(step, 0.01));
+    }
+    return outcome;
+  }
+
+  ParameterStore& parameters() { return runner_.parameters(); }
+
+ private:
+  CpuBackend backend_{1};
+  const Mesh& mesh_;
+  index_t micro_batch_;
+  ModelRunner runner_;
+  std::unique_ptr<Optimizer> optimizer_;
+};
+
+// |a - b| / |b| of this rank's slice `part` against the same part of the whole tensor.
+double relative_error(Tensor part, const Slice& slice, Tensor whole) {
+  const Tensor expected = whole.slice(slice.dim, slice.begin, slice.end);
+  const index_t columns = part.rank == 2 ? part[1] : 1;
+  double difference = 0, norm = 0;
+  for (index_t r = 0; r < part[0]; ++r) {
+    for (index_t c = 0; c < columns; ++c) {
+      const double a = part.as<float>()[r * columns + c];
+      const double b = expected.as<float>()[r * expected.stride[0] + c];
+      difference += (a - b) * (a - b);
+      norm += b * b;
+    }
+  }
+  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+}
+
+struct LayoutCase {
+  index_t kv_groups, encoder_kv_groups;
+  bool recompute, adamw;
+};
+
+class LayoutTest : public testing::TestWithParam<LayoutCase> {};
+
+TEST_P(LayoutTest, EqualsOneRank) {
+  const auto [kv_groups, encoder_kv_groups, recompute, adamw] = GetParam();
+  const ModelConfig config = config_of(kv_groups, encoder_kv_groups);
+  const std::vector<index_t> groups = {kv_groups, encoder_kv_groups};
+  const ProcessGroup world = ProcessGroup::world();
+  const Mesh alone(world.split(world.rank(), 0), {.data_parallel = 1, .tensor_parallel = 1}, groups);
+  Training reference(alone, config, kSamples, /*recompute=*/false, adamw);
+  const Outcome expected = reference.train();
+  for (int tp = 1; tp <= world.size(); tp *= 2) {
+    const Layout layout = {.data_parallel = world.size() / tp, .tensor_parallel = tp};
+    const Mesh mesh(world, layout, groups);
+    Training run(mesh, config, 2, recompute, adamw);
+    const Outcome outcome = run.train();
+    for (std::size_t step = 0; step < kSteps; ++step) {
+      EXPECT_NEAR(outcome.losses[step], expected.losses[step], 1e-5 * expected.losses[step]) << "tp " << tp;
+      EXPECT_NEAR(outcome.norms[step], expected.norms[step], 1e-5 * expected.norms[step]) << "tp " << tp;
+    }
+    ParameterStore& store = run.parameters();
+    for (std::size_t i = 0; i < store.size(); ++i) {
+      const std::string where = fmt::format("{} at tp {}", store.table()[i].name, tp);
+      EXPECT_LT(relative_error(store.gradient(i), store.slice(i), reference.parameters().gradient(i)), 1e-5)
+          << where;
+      EXPECT_LT(relative_error(store.master(i), store.slice(i), reference.parameters().master(i)), 1e-5)
+          << where;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Groups, LayoutTest,
+                         testing::Values(LayoutCase{8, 8, false, false}, LayoutCase{4, 8, true, false},
+                                         LayoutCase{2, 8, false, false}, LayoutCase{1, 8, true, false},
+                                         LayoutCase{1, 8, false, true}, LayoutCase{2, 1, false, false}),
+                         [](const auto& param) {
+                           const LayoutCase& c = param.param;
+                           return fmt::format("G{}_encoder{}{}{}", c.kv_groups, c.encoder_kv_groups,
+                                              c.recompute ? "_recompute" : "", c.adamw ? "_adamw" : "");
+                         });
+
+// Dropout really drops: the comparison above would pass without it.
+TEST(LayoutDropout, ChangesTheLoss) {
+  const ProcessGroup world = ProcessGroup::world();
+  const Mesh alone(world.split(world.rank(), 0), {.data_parallel = 1, .tensor_parallel = 1}, {8});
+  ModelConfig plain = config_of(8, 8);
+  plain.dropout_rate = 0;
+  Training with(alone, config_of(8, 8), kSamples, false);
+  Training without(alone, plain, kSamples, false);
+  EXPECT_GT(std::abs(with.train().losses[0] - without.train().losses[0]), 1e-3);
+}
+
+// The same layout gives the same bits.
+TEST(LayoutRepeat, GivesTheSameBits) {
+  const ProcessGroup world = ProcessGroup::world();
+  const Mesh mesh(world, {.data_parallel = 1, .tensor_parallel = world.size()}, {2, 8});
+  Training first(mesh, config_of(2, 8), 4, false);
+  Training second(mesh, config_of(2, 8), 4, false);
+  EXPECT_EQ(first.train().losses, second.train().losses);
+  const Tensor a = first.parameters().all_masters();
+  const Tensor b = second.parameters().all_masters();
+  EXPECT_TRUE(std::equal(a.as<float>(), a.as<float>() + a.numel(), b.as<float>()));
+}
+
+}  // namespace
+}  // namespace regroup
