@@ -6,7 +6,7 @@
 namespace regroup {
 namespace {
 
-constexpr index_t kPiece = 256;  // columns whose dropout factors are on the stack at a time
+constexpr index_t kPiece = 1024;  // columns whose dropout factors are on the stack at a time
 
 // Calls body(row, first column, columns, factors) for pieces of a [rows, columns] matrix; `factors` holds
 // dropout's factor of each element of the piece, or is null where dropout is off.

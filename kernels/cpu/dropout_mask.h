@@ -25,6 +25,7 @@ class DropoutMask {
   void factors(index_t first, index_t size, S* factors) const {
     constexpr index_t kCounters = 64;
     const S kept = static_cast<S>(1.0 / (1.0 - rate_));
+    static_assert(kCounters % kVector == 0);
     std::uint32_t words[4 * kCounters];
     while (size > 0) {
       const index_t skipped = first % 4;
@@ -40,11 +41,14 @@ class DropoutMask {
   }
 
  private:
-  // Philox::operator()(counter + i) for i < count, written so that the loop over i vectorises.
+  static constexpr index_t kVector = 16;
+
+  // Philox::operator()(counter + i) for i < count rounded up to whole vectors, written so that the loop over
+  // i vectorises.
   void draw(std::uint64_t counter, index_t count, std::uint32_t* words) const {
     const auto key_low = static_cast<std::uint32_t>(key_), key_high = static_cast<std::uint32_t>(key_ >> 32);
 #pragma omp simd
-    for (index_t i = 0; i < count; ++i) {
+    for (index_t i = 0; i < (count + kVector - 1) / kVector * kVector; ++i) {
       const std::uint64_t position = counter + static_cast<std::uint64_t>(i);
       std::uint32_t c0 = static_cast<std::uint32_t>(position),
                     c1 = static_cast<std::uint32_t>(position >> 32);

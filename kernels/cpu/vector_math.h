@@ -1,6 +1,7 @@
 // Elementary functions without branches or calls, so that loops over them vectorise (`#pragma omp simd`).
 // Reading needs no function: static_cast<float>(bfloat16) is a shift that vectorises too. For writing see
-// store().
+// store(). All are forced inline: a call left in a loop (g++ deems the body of a parallel loop cold) costs
+// ten times what the loop does.
 #pragma once
 
 #include <bit>
@@ -13,16 +14,18 @@ namespace regroup {
 
 // y = x in y's type, rounded to nearest even. Assigning a bfloat16 copies a class, which g++ 12 does not
 // vectorise; assigning its bits does.
-inline void store(double& y, double x) { y = x; }
-inline void store(float& y, float x) { y = x; }
-inline void store(float& y, double x) { y = static_cast<float>(x); }
-inline void store(double& y, float x) { y = x; }
-inline void store(bfloat16& y, float x) { y.bits = bfloat16(x).bits; }
-inline void store(bfloat16& y, double x) { y.bits = bfloat16(static_cast<float>(x)).bits; }
+[[gnu::always_inline]] inline void store(double& y, double x) { y = x; }
+[[gnu::always_inline]] inline void store(float& y, float x) { y = x; }
+[[gnu::always_inline]] inline void store(float& y, double x) { y = static_cast<float>(x); }
+[[gnu::always_inline]] inline void store(double& y, float x) { y = x; }
+[[gnu::always_inline]] inline void store(bfloat16& y, float x) { y.bits = bfloat16(x).bits; }
+[[gnu::always_inline]] inline void store(bfloat16& y, double x) {
+  y.bits = bfloat16(static_cast<float>(x)).bits;
+}
 
 // e^x. Error <= 1 ulp for -86.6 < x < 88.72; 0 below (e^x < 2.5e-38), +inf above, NaN of NaN. Cephes' expf:
 // x = n ln 2 + r, |r| <= ln(2)/2, a polynomial of degree 7 for e^r, and n into the exponent.
-inline float vector_exp(float x) {
+[[gnu::always_inline]] inline float vector_exp(float x) {
   constexpr float kLowest = -86.6F, kHighest = 89.0F;
   constexpr float kRound = 0x1.8p23F;  // adding it rounds to an integer, held in the low bits
   const float clamped = x < kLowest ? kLowest : (x > kHighest ? kHighest : x);
@@ -41,7 +44,7 @@ inline float vector_exp(float x) {
   const float y = p * std::bit_cast<float>((exponent + 126) << 23);
   return x < kLowest ? 0.0F : y + y;
 }
-inline double vector_exp(double x) { return std::exp(x); }
+[[gnu::always_inline]] inline double vector_exp(double x) { return std::exp(x); }
 
 // gelu(x) = x/2 (1 + tanh(u)) = x s(2u), s the logistic function and u = sqrt(2/pi) (x + 0.044715 x^3), and
 // its derivative s + x s (1 - s) 2 u'(x). Errors <= 4 ulp of x and 8 ulp of 1.
@@ -50,7 +53,7 @@ struct Gelu {
   S value, derivative;
 };
 template <class S>
-Gelu<S> vector_gelu(S x) {
+[[gnu::always_inline]] inline Gelu<S> vector_gelu(S x) {
   constexpr S kTwoRootTwoOverPi = static_cast<S>(1.5957691216057308);
   constexpr S kCubic = static_cast<S>(0.044715);
   constexpr S kFlat = 30;  // beyond it s is 0 or 1; keeps the cube finite

@@ -146,9 +146,56 @@ inline OpCase cross_entropy_backward_case(index_t tokens, index_t first, index_t
   return op;
 }
 
+// The pieces alone, of a whole vocabulary.
+inline OpCase cross_entropy_max_case(index_t tokens, index_t size) {
+  OpCase op;
+  op.name = fmt::format("cross_entropy_max/{}x{}", tokens, size);
+  op.arguments = {
+      {.name = "logits", .element = Element::kStatistic, .shape = {tokens, size}},
+      {.name = "row_max", .role = Role::kOutput, .element = Element::kStatistic, .shape = {tokens}}};
+  op.call = [](Backend& backend, std::span<const Tensor> t) { backend.cross_entropy_max(t[0], t[1]); };
+  op.reference = [=](std::vector<Numbers>& v) {
+    for (std::size_t n = 0; n < v[1].size(); ++n) {
+      const auto row = v[0].begin() + static_cast<std::ptrdiff_t>(n) * size;
+      v[1][n] = *std::max_element(row, row + size);
+    }
+  };
+  return op;
+}
+
+inline OpCase cross_entropy_sums_case(index_t tokens, index_t size) {
+  OpCase op;
+  op.name = fmt::format("cross_entropy_sums/{}x{}", tokens, size);
+  op.arguments = {
+      {.name = "logits", .element = Element::kStatistic, .shape = {tokens, size}},
+      {.name = "row_max", .element = Element::kStatistic, .shape = {tokens}, .values = uniform(3, 5)},
+      {.name = "targets", .element = Element::kInt32, .shape = {tokens}, .values = integers(0, size)},
+      {.name = "sums",
+       .role = Role::kOutput,
+       .element = Element::kStatistic,
+       .shape = {2, tokens},
+       .reduction = static_cast<double>(size)}};
+  op.call = [](Backend& backend, std::span<const Tensor> t) {
+    backend.cross_entropy_sums(t[0], t[1], t[2], t[3], {});
+  };
+  op.reference = [=](std::vector<Numbers>& v) {
+    const std::size_t count = v[1].size(), width = static_cast<std::size_t>(size);
+    for (std::size_t n = 0; n < count; ++n) {
+      v[3][n] = 0;
+      for (std::size_t i = 0; i < width; ++i) v[3][n] += std::exp(v[0][n * width + i] - v[1][n]);
+      v[3][count + n] = v[0][n * width + static_cast<std::size_t>(v[2][n])] - v[1][n];
+    }
+  };
+  return op;
+}
+
 inline std::vector<OpCase> cross_entropy_cases() {
-  return {cross_entropy_case(7, 50, 47, 0), cross_entropy_case(70, 1501, 1600, 1e-2),
-          cross_entropy_backward_case(7, 50, 47, 0), cross_entropy_backward_case(70, 1501, 1600, 1e-2)};
+  return {cross_entropy_max_case(7, 97),
+          cross_entropy_sums_case(7, 97),
+          cross_entropy_case(7, 50, 47, 0),
+          cross_entropy_case(70, 1501, 1600, 1e-2),
+          cross_entropy_backward_case(7, 50, 47, 0),
+          cross_entropy_backward_case(70, 1501, 1600, 1e-2)};
 }
 
 inline std::vector<std::pair<OpCase, OpCase>> cross_entropy_gradients() {
