@@ -8,15 +8,61 @@ namespace {
 
 constexpr index_t kPiece = 512;  // elements summed in S before they join a float64 sum
 
-// sum_i f(i) of [begin, end), in float64 over pieces summed in S.
-template <class S, class F>
-inline double sum_of(index_t begin, index_t end, F&& f) {
+// sum_i x_i^2, in float64 over pieces summed in S.
+template <class S>
+double sum_of_squares(const S* x, index_t size) {
   double total = 0;
-  for (index_t piece = begin; piece < end; piece += kPiece) {
-    const index_t last = std::min(end, piece + kPiece);
+  for (index_t piece = 0; piece < size; piece += kPiece) {
+    const index_t last = std::min(size, piece + kPiece);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (index_t i = piece; i < last; ++i) sum += f(i);
+    for (index_t i = piece; i < last; ++i) sum += x[i] * x[i];
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// sum_i x_i^2 factor_i, likewise. The square first: a factor that holds 1 / (row column) would not fit.
+template <class S>
+double sum_of_scaled_squares(const S* x, const S* factor, index_t size) {
+  double total = 0;
+  for (index_t piece = 0; piece < size; piece += kPiece) {
+    const index_t last = std::min(size, piece + kPiece);
+    S sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (index_t i = piece; i < last; ++i) sum += x[i] * x[i] * factor[i];
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// sums_i += x_i^2; returns what sum_of_squares() does, in one read of x.
+template <class S>
+double add_squares(const S* x, double* sums, index_t size) {
+  double total = 0;
+  for (index_t piece = 0; piece < size; piece += kPiece) {
+    const index_t last = std::min(size, piece + kPiece);
+    total += sum_of_squares(x + piece, last - piece);
+#pragma omp simd
+    for (index_t i = piece; i < last; ++i) sums[i] += static_cast<double>(x[i] * x[i]);
+  }
+  return total;
+}
+
+// v = beta2 v + rest (g^2 + epsilon); returns sum g^2 / v.
+template <class S>
+double decay_squares(S* v, const S* g, S beta2, S rest, S epsilon, index_t size) {
+  double total = 0;
+  for (index_t piece = 0; piece < size; piece += kPiece) {
+    const index_t last = std::min(size, piece + kPiece);
+    S sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (index_t i = piece; i < last; ++i) {
+      const S square = g[i] * g[i];
+      const S moment = beta2 * v[i] + rest * (square + epsilon);
+      v[i] = moment;
+      sum += square / moment;
+    }
     total += static_cast<double>(sum);
   }
   return total;
@@ -46,11 +92,8 @@ index_t flat_block(index_t size) { return rows_per_block(size, 1); }
 template <class S>
 Pair sums_of_squares(int threads, const S* w, const S* g, index_t size) {
   return sum_blocks(threads, size, flat_block(size), [=](index_t begin, index_t end, Pair& partial) {
-    for (index_t piece = begin; piece < end; piece += kPiece) {
-      const index_t last = std::min(end, piece + kPiece);
-      partial.first += sum_of<S>(piece, last, [=](index_t i) { return w[i] * w[i]; });
-      partial.second += sum_of<S>(piece, last, [=](index_t i) { return g[i] * g[i]; });
-    }
+    partial.first += sum_of_squares(w + begin, end - begin);
+    partial.second += sum_of_squares(g + begin, end - begin);
   });
 }
 
@@ -66,16 +109,9 @@ Pair factored_statistics(int threads, const AdafactorSlot& slot, double epsilon,
     double* const sums = partial_columns + begin / block * columns;
     std::fill_n(sums, columns, 0.0);
     for (index_t r = begin; r < end; ++r) {
-      const S *const wr = w + r * columns, *const gr = g + r * columns;
-      double squares = 0;
-      for (index_t piece = 0; piece < columns; piece += kPiece) {
-        const index_t last = std::min(columns, piece + kPiece);
-        partial.first += sum_of<S>(piece, last, [=](index_t c) { return wr[c] * wr[c]; });
-        squares += sum_of<S>(piece, last, [=](index_t c) { return gr[c] * gr[c]; });
-#pragma omp simd
-        for (index_t c = piece; c < last; ++c) sums[c] += static_cast<double>(gr[c] * gr[c]);
-      }
+      const double squares = add_squares(g + r * columns, sums, columns);
       row_sums[r] = squares + static_cast<double>(columns) * epsilon;
+      partial.first += sum_of_squares(w + r * columns, columns);
       partial.second += squares;
     }
   });
@@ -112,18 +148,13 @@ void factored_moments(int threads, const AdafactorSlot& slot, double beta2, S* i
   decay_towards(column, slot.column_sums.as<double>(), columns, static_cast<double>(slot.global_rows), beta2);
 #pragma omp simd
   for (index_t c = 0; c < columns; ++c) inverse_column[c] = S{1} / column[c];
-  totals[2] =
-      sum_blocks(threads, rows, rows_per_block(rows, columns),
-                 [=](index_t begin, index_t end, Pair& partial) {
-                   for (index_t r = begin; r < end; ++r) {
-                     const S* const gr = g + r * columns;
-                     // g^2 first: 1 / (row column) alone may not fit into a float.
-                     partial.first +=
-                         sum_of<S>(0, columns, [=](index_t c) { return gr[c] * gr[c] * inverse_column[c]; }) /
-                         static_cast<double>(row[r]);
-                   }
-                 })
-          .first;
+  const auto sum = [=](index_t begin, index_t end, Pair& partial) {
+    for (index_t r = begin; r < end; ++r) {
+      partial.first +=
+          sum_of_scaled_squares(g + r * columns, inverse_column, columns) / static_cast<double>(row[r]);
+    }
+  };
+  totals[2] = sum_blocks(threads, rows, rows_per_block(rows, columns), sum).first;
 }
 
 template <class S>
@@ -134,13 +165,10 @@ void full_moments(int threads, const AdafactorSlot& slot, const AdafactorOptions
   const S epsilon = static_cast<S>(options.epsilon_gradient);
   const index_t size = slot.weight.numel();
   double* const totals = slot.totals.as<double>();
-  totals[2] = sum_blocks(threads, size, flat_block(size), [=](index_t begin, index_t end, Pair& partial) {
-                partial.first += sum_of<S>(begin, end, [=](index_t i) {
-                  const S square = g[i] * g[i];
-                  v[i] = beta2 * v[i] + rest * (square + epsilon);
-                  return square / v[i];
-                });
-              }).first;
+  const auto sum = [=](index_t begin, index_t end, Pair& partial) {
+    partial.first += decay_squares(v + begin, g + begin, beta2, rest, epsilon, end - begin);
+  };
+  totals[2] = sum_blocks(threads, size, flat_block(size), sum).first;
   totals[3] = 0;
 }
 
