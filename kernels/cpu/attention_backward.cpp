@@ -3,8 +3,10 @@
 // With m the dropout factors and p recomputed from log_sum_exp:
 //   dv_j = sum_i m_ij p_ij dout_i;  dp_ij = m_ij (dout_i . v_j);  ds_ij = p_ij (dp_ij - dout_i . out_i);
 //   dq_i = sum_j ds_ij k_j;  dk_j = sum_i ds_ij q_i;  dbias[j - i + Q - 1] += ds_ij
-// (Dao et al. 2022, "FlashAttention", appendix B). A thread owns a group of a sample and sums dk and dv over
-// the group's heads and their tiles in order; dbias is summed over samples in order at the end.
+// (Dao et al. 2022, "FlashAttention", appendix B). An item of work is a group of a sample, or a part of its
+// heads where groups are few: it sums dk and dv over its heads and their tiles in order. The parts' sums, and
+// dbias over samples, are added up in order at the end. What an item is depends on shapes only, so every sum
+// has one order.
 #include <limits>
 
 #include <omp.h>
@@ -34,7 +36,7 @@ struct BackwardWorkspace {
   // Of a tile: m p and ds with the terms of a unit along queries, ds with them along keys. For bfloat16 only.
   Unit<T>*probability_units, *dscore_units, *left_dscores;
   S *scores, *dscores;  // of a tile; s, then p; dp, then ds
-  S *bias, *dq, *dk, *dv, *log_sum_exp, *delta, *factors;
+  S *bias, *dq, *log_sum_exp, *delta, *factors;
 
   BackwardWorkspace(const Shape& shape, Carver& carver) {
     const index_t depth = round_up(shape.size, kTerms<T>) / kTerms<T>;
@@ -53,19 +55,32 @@ struct BackwardWorkspace {
     dscores = carver.take<S>(kQueries * kStride<T>);
     bias = carver.take<S>(HeadBias<S>::workspace(shape, kPanel<T>));
     dq = carver.take<S>(kQueries * columns);
-    dk = carver.take<S>(length * columns);
-    dv = carver.take<S>(length * columns);
     log_sum_exp = carver.take<S>(kQueries);
     delta = carver.take<S>(kQueries);
     factors = carver.take<S>(kTerms<T> * kKeys<T>);
   }
 };
 
-// Elements of one head's part of the bias gradient: whole vectors may be added at any diagonal.
-template <class S>
-index_t dbias_width(const Shape& shape) {
-  return round_up(shape.queries + shape.keys - 1 + kLanes<S>, kLanes<S>);
-}
+// The items of work and the memory of their sums.
+template <class T>
+struct Items {
+  using S = stat_t<T>;
+  index_t parts;          // of a group's heads
+  index_t columns, sums;  // of dk or of dv of one item: width of a row, elements of both together
+  index_t dbias;          // elements of one head: whole vectors may be added at any diagonal
+  index_t count, heads;   // items; heads of all samples
+
+  explicit Items(const Shape& shape) {
+    constexpr index_t kEnough = 16;  // items, for as many threads; more cost memory traffic
+    const index_t groups = std::max<index_t>(1, shape.samples * shape.groups);
+    parts = std::clamp<index_t>(round_up(kEnough, groups) / groups, 1, shape.heads_per_group());
+    columns = round_up(shape.size, kLanes<S>);
+    sums = 2 * round_up(shape.keys, kLanes<S>) * columns;
+    dbias = round_up(shape.queries + shape.keys - 1 + kLanes<S>, kLanes<S>);
+    count = shape.samples * shape.groups * parts;
+    heads = shape.samples * shape.heads;
+  }
+};
 
 template <class T>
 class Backward {
@@ -76,38 +91,19 @@ class Backward {
            BackwardWorkspace<T> workspace)
       : x_(tensors), options_(options), shape_(shape), work_(workspace) {}
 
-  // dq, dk, dv of a group of a sample. dbias: [heads per group, dbias_width], written; null: not wanted.
-  void group(index_t sample, index_t group, S* dbias) {
-    const VisibleKeys visible(x_.key_mask, sample, shape_.keys);
+  // Keys and values of a group, for heads to follow.
+  void pack(index_t sample, index_t group) {
     const index_t length = round_up(shape_.keys, kLanes<S>);
     const auto rows_of = [&](const Tensor& x) { return head_rows<const T>(x, sample, group, 0); };
     keys_ = pack_right_transposed<T>(rows_of(x_.k), shape_.keys, shape_.size, length, work_.keys);
     values_ = pack_right_transposed<T>(rows_of(x_.v), shape_.keys, shape_.size, length, work_.values);
     key_rows_ = pack_right<T>(rows_of(x_.k), shape_.keys, shape_.size, length, work_.key_rows);
-    std::fill(work_.dk, work_.dk + length * key_rows_.columns, S{0});
-    std::fill(work_.dv, work_.dv + length * key_rows_.columns, S{0});
-    for (index_t h = 0; h < shape_.heads_per_group(); ++h) {
-      const index_t width = dbias_width<S>(shape_);
-      if (dbias) std::fill(dbias + h * width, dbias + (h + 1) * width, S{0});
-      head(sample, group * shape_.heads_per_group() + h, visible, dbias ? dbias + h * width : nullptr);
-    }
-    const Rows<const S> dk{work_.dk, key_rows_.columns}, dv{work_.dv, key_rows_.columns};
-    unpack<T>(dk, nullptr, shape_.keys, shape_.size, head_rows<T>(x_.dk, sample, group, 0));
-    unpack<T>(dv, nullptr, shape_.keys, shape_.size, head_rows<T>(x_.dv, sample, group, 0));
   }
 
- private:
-  void head(index_t sample, index_t head, const VisibleKeys& visible, S* dbias) {
-    if (head + 1 < shape_.heads) {
-      for (const Tensor& x : {x_.q, x_.dout, x_.out}) {
-        prefetch<T>(head_rows<const T>(x, sample, head + 1, 0), shape_.queries, shape_.size);
-      }
-      const index_t next = (head + 1) / shape_.heads_per_group();
-      if (next != head / shape_.heads_per_group()) {
-        prefetch<T>(head_rows<const T>(x_.k, sample, next, 0), shape_.keys, shape_.size);
-        prefetch<T>(head_rows<const T>(x_.v, sample, next, 0), shape_.keys, shape_.size);
-      }
-    }
+  // dq of a head; adds its part to dk and dv [keys, whole vectors of C], and to dbias (null: not wanted).
+  void head(index_t sample, index_t head, S* dk, S* dv, S* dbias) {
+    prefetch_after(sample, head);
+    const VisibleKeys visible(x_.key_mask, sample, shape_.keys);
     const HeadBias<S> bias(x_.bias, head, shape_, kPanel<T>, work_.bias);
     const HeadDropout dropout(options_, shape_, sample, head);
     for (index_t first = 0; first < shape_.queries; first += kQueries) {
@@ -133,10 +129,23 @@ class Backward {
           }
         }
         if (dbias) add_to_bias(rows, sight, dbias + shape_.queries - 1 - first + key);
-        accumulate(padded, key, sight);
+        accumulate(padded, key, sight, dk + key * key_rows_.columns, dv + key * key_rows_.columns);
       }
       unpack<T>({work_.dq, key_rows_.columns}, nullptr, rows, shape_.size,
                 head_rows<T>(x_.dq, sample, head, first));
+    }
+  }
+
+ private:
+  void prefetch_after(index_t sample, index_t head) const {
+    if (head + 1 == shape_.heads) return;
+    for (const Tensor& x : {x_.q, x_.dout, x_.out}) {
+      prefetch<T>(head_rows<const T>(x, sample, head + 1, 0), shape_.queries, shape_.size);
+    }
+    const index_t next = (head + 1) / shape_.heads_per_group();
+    if (next == head / shape_.heads_per_group()) return;
+    for (const Tensor& x : {x_.k, x_.v}) {
+      prefetch<T>(head_rows<const T>(x, sample, next, 0), shape_.keys, shape_.size);
     }
   }
 
@@ -212,9 +221,8 @@ class Backward {
   }
 
   // Adds the tile's part of dq, dk and dv.
-  void accumulate(index_t rows, index_t key, const TileSight<T>& sight) {
+  void accumulate(index_t rows, index_t key, const TileSight<T>& sight, S* dk, S* dv) {
     const index_t size = key_rows_.columns, first = key / kTerms<T>, keys = sight.columns();
-    S *dk = work_.dk + key * size, *dv = work_.dv + key * size;
     Left<T> p{nullptr, 1, kStride<T>}, ds{nullptr, 1, kStride<T>}, left{nullptr, kStride<T> / kTerms<T>, 1};
     if constexpr (kTerms<T> == 2) {
       p.data = work_.probability_units;
@@ -240,11 +248,6 @@ class Backward {
   Left<T> queries_, douts_;
 };
 
-template <class S>
-index_t dbias_workspace(const Shape& shape) {
-  return shape.samples * shape.heads * dbias_width<S>(shape) * index_t{sizeof(S)};
-}
-
 template <class T>
 index_t thread_workspace(const Shape& shape) {
   Carver counter(nullptr);
@@ -252,28 +255,67 @@ index_t thread_workspace(const Shape& shape) {
   return counter.used();
 }
 
+// dk and dv of one group of one sample, from the sums of its parts.
+template <class T>
+void write_group(const BackwardTensors& x, const Shape& shape, const Items<T>& items, index_t group,
+                 stat_t<T>* sums) {
+  for (index_t part = 1; part < items.parts; ++part) {
+    const stat_t<T>* more = sums + part * items.sums;
+    for (index_t n = 0; n < items.sums; ++n) sums[n] += more[n];
+  }
+  const index_t sample = group / shape.groups, in_sample = group % shape.groups;
+  const Rows<const stat_t<T>> dk{sums, items.columns}, dv{sums + items.sums / 2, items.columns};
+  unpack<T>(dk, nullptr, shape.keys, shape.size, head_rows<T>(x.dk, sample, in_sample, 0));
+  unpack<T>(dv, nullptr, shape.keys, shape.size, head_rows<T>(x.dv, sample, in_sample, 0));
+}
+
+// The heads of one item, into its zeroed sums.
+template <class T>
+void run_item(Backward<T>& backward, const Shape& shape, const Items<T>& items, index_t item, stat_t<T>* sums,
+              stat_t<T>* dbias) {
+  const index_t group = item / items.parts, part = item % items.parts, each = shape.heads_per_group();
+  const index_t sample = group / shape.groups, first = group % shape.groups * each;
+  std::fill(sums, sums + items.sums, stat_t<T>{0});
+  backward.pack(sample, group % shape.groups);
+  for (index_t h = first + part * each / items.parts; h < first + (part + 1) * each / items.parts; ++h) {
+    stat_t<T>* diagonals = dbias ? dbias + (sample * shape.heads + h) * items.dbias : nullptr;
+    if (dbias) std::fill(diagonals, diagonals + items.dbias, stat_t<T>{0});
+    backward.head(sample, h, sums, sums + items.sums / 2, diagonals);
+  }
+}
+
 template <class T>
 void run(const BackwardTensors& x, const AttentionOptions& options, int threads, std::byte* workspace) {
   using S = stat_t<T>;
   const Shape shape(x.q, x.k);
-  const index_t bytes = thread_workspace<T>(shape), width = dbias_width<S>(shape);
-  S* parts = x.dbias ? reinterpret_cast<S*>(workspace + threads * bytes) : nullptr;
+  const Items<T> items(shape);
+  const index_t bytes = thread_workspace<T>(shape);
+  S* sums = reinterpret_cast<S*>(workspace + threads * bytes);
+  S* dbias = x.dbias ? sums + (items.parts == 1 ? threads : items.count) * items.sums : nullptr;
 #pragma omp parallel num_threads(threads)
   {
-    Carver carver(workspace + omp_get_thread_num() * bytes);
+    const int thread = omp_get_thread_num();
+    Carver carver(workspace + thread * bytes);
     Backward<T> backward(x, options, shape, BackwardWorkspace<T>(shape, carver));
 #pragma omp for schedule(dynamic)
-    for (index_t item = 0; item < shape.samples * shape.groups; ++item) {
-      backward.group(item / shape.groups, item % shape.groups,
-                     parts ? parts + item * shape.heads_per_group() * width : nullptr);
+    for (index_t item = 0; item < items.count; ++item) {
+      S* own = sums + (items.parts == 1 ? thread : item) * items.sums;
+      run_item<T>(backward, shape, items, item, own, dbias);
+      if (items.parts == 1) write_group<T>(x, shape, items, item, own);
     }
-    if (parts) {
+    if (items.parts > 1) {
+#pragma omp for schedule(static) nowait
+      for (index_t group = 0; group < shape.samples * shape.groups; ++group) {
+        write_group<T>(x, shape, items, group, sums + group * items.parts * items.sums);
+      }
+    }
+    if (dbias) {
 #pragma omp for schedule(static)
       for (index_t head = 0; head < shape.heads; ++head) {
-        S* dbias = x.dbias.as<S>() + head * x.dbias.stride[0];
+        S* row = x.dbias.as<S>() + head * x.dbias.stride[0];
         for (index_t sample = 0; sample < shape.samples; ++sample) {
-          const S* part = parts + (sample * shape.heads + head) * width;
-          for (index_t d = 0; d < shape.queries + shape.keys - 1; ++d) dbias[d] += part[d];
+          const S* part = dbias + (sample * shape.heads + head) * items.dbias;
+          for (index_t d = 0; d < shape.queries + shape.keys - 1; ++d) row[d] += part[d];
         }
       }
     }
@@ -284,7 +326,10 @@ void run(const BackwardTensors& x, const AttentionOptions& options, int threads,
 
 index_t backward_workspace(const Shape& shape, DType dtype, int threads) {
   return dispatch(dtype, [&]<class T>() {
-    return threads * thread_workspace<T>(shape) + dbias_workspace<stat_t<T>>(shape);
+    const Items<T> items(shape);
+    const index_t sums = (items.parts == 1 ? threads : items.count) * items.sums;
+    return threads * thread_workspace<T>(shape) +
+           (sums + items.heads * items.dbias) * index_t{sizeof(stat_t<T>)};
   });
 }
 
