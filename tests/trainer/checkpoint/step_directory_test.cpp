@@ -37,9 +37,10 @@ class StepDirectory : public testing::Test {
     pending.write_text("config.json", "{}");
     pending.commit({{"step", step}});
   }
-  // Does `work` on rank 0, seen by all.
+  // Does `work` on rank 0, after what the other ranks did before and seen by what they do after.
   template <class Work>
   void once(Work&& work) const {
+    world_.barrier();
     world_.run_on(0, work);
     world_.barrier();
   }
@@ -169,7 +170,6 @@ TEST_F(StepDirectory, VerifyNamesTheDamagedFile) {
       EXPECT_THAT(refusal([&] { store_.verify(3); }),
                   AllOf(HasSubstr(path.string()), HasSubstr("an earlier checkpoint"), Not(HasSubstr("\n"))))
           << name << ": " << damage;
-      world_.barrier();
       once([&] { write_text(path, intact); });
     };
     for (const std::size_t at : {std::size_t{0}, intact.size() / 2, intact.size() - 1}) {
@@ -190,7 +190,6 @@ TEST_F(StepDirectory, VerifyNamesTheDamagedFile) {
     expect_found("empty");
     once([&] { std::filesystem::remove(path); });
     EXPECT_THAT(refusal([&] { store_.verify(3); }), HasSubstr(path.string())) << name;
-    world_.barrier();
     once([&] { write_text(path, intact); });
   }
   EXPECT_NO_THROW(store_.verify(3));
@@ -209,7 +208,6 @@ TEST_F(StepDirectory, EveryByteOfTheStateCounts) {
       std::ofstream(path, std::ios::binary | std::ios::trunc) << flipped;
     });
     EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged")) << "byte " << at;
-    world_.barrier();
   }
 }
 
@@ -222,7 +220,6 @@ TEST_F(StepDirectory, StatesOfOtherMakeAreRefused) {
         R"({"files":{"../x":{"bytes":1,"checksum":"a"}},"checksum":"0"})"}) {
     once([&] { write_text(path, text); });
     EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged")) << text;
-    world_.barrier();
   }
 }
 
