@@ -1,4 +1,5 @@
 // The program: reads options, runs the command, turns an error into one line and an exit code.
+#include <csignal>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,7 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is then a failed write, which is reported
   const regroup::MpiEnvironment mpi;
   return run(std::vector<std::string>(argv + 1, argv + argc), mpi);
 }

@@ -31,6 +31,22 @@ const std::vector<std::pair<std::string, Mode>>& modes() {
   return all;
 }
 
+// Options that only say how text becomes a corpus.
+const std::set<std::string>& text_options() {
+  static const std::set<std::string> names = {"input",
+                                              "output",
+                                              "tokenizer",
+                                              "vocab-pieces",
+                                              "vocab-sentences",
+                                              "heldout-fraction",
+                                              "shard-tokens",
+                                              "document",
+                                              "max-bad-fraction",
+                                              "overwrite",
+                                              "runs"};
+  return names;
+}
+
 // A value bound to a member, with its present value as the default that --help shows.
 template <class T>
 po::typed_value<T>* bound(T& member) {
@@ -52,7 +68,10 @@ po::typed_value<std::vector<std::string>>* paths(std::vector<std::filesystem::pa
       [&member](const std::vector<std::string>& values) { member.assign(values.begin(), values.end()); });
 }
 po::typed_value<bool>* flag(bool& member) {
-  return po::value<bool>(&member)->default_value(member, "off")->implicit_value(true)->value_name("on|off");
+  return po::value<bool>(&member)
+      ->default_value(member, member ? "on" : "off")
+      ->implicit_value(true)
+      ->value_name("on|off");
 }
 
 po::options_description describe_modes() {
@@ -109,8 +128,10 @@ std::vector<po::options_description> describe(Options& o) {
       "learning-rate", optional(o.learning_rate),
       "the schedule's base; default 1 for rsqrt, 0.001 for the others")(
       "warmup", bound(o.warmup), "steps; of rsqrt: base / sqrt(max(step, warmup))")(
-      "weight-decay", bound(o.weight_decay), "of adamw")("max-gradient-norm", bound(o.max_gradient_norm),
-                                                         "clip the gradient to this norm; 0: never")(
+      "weight-decay", bound(o.weight_decay), "of adamw")(
+      "scale-by-rms", flag(o.scale_by_rms),
+      "adamw: scale updates by the parameter's root mean square, as adafactor")(
+      "max-gradient-norm", bound(o.max_gradient_norm), "clip the gradient to this norm; 0: never")(
       "z-loss", bound(o.z_loss), "coefficient of log(Z)^2");
   group("Uptraining")("init-from", path(o.init_from),
                       "parent: a run, one of its step directories, or a transformers T5 1.1")(
@@ -130,6 +151,7 @@ std::vector<po::options_description> describe(Options& o) {
       "tokenizer", path(o.tokenizer, "FILE"), "SentencePiece model")(
       "vocab-pieces", bound(o.vocab_pieces), "pieces of a new vocabulary (100 sentinels come on top)")(
       "heldout-fraction", bound(o.heldout_fraction), "share of documents kept from training")(
+      "vocab-sentences", bound(o.vocab_sentences), "lines of text that a new vocabulary is learnt from")(
       "shard-tokens", bound(o.shard_tokens), "tokens of one file of the corpus")(
       "document", text(o.document), "what a document of a plain text file is: file or line")(
       "max-bad-fraction", bound(o.max_bad_fraction),
@@ -280,6 +302,17 @@ void validate(const Options& o) {
   }
 }
 
+// The embedded configuration names files that somebody has to make first.
+void require_quickstart(const Options& o) {
+  const auto require_folder = [](const std::filesystem::path& folder, const char* what, const char* option) {
+    if (std::filesystem::is_directory(folder)) return;
+    throw UserError("the quickstart's {} {} is not here: ./quickstart makes it; for another one give --{}",
+                    what, folder.string(), option);
+  };
+  require_folder(o.corpus, "corpus", "corpus");
+  if (o.mode == Mode::kUptrain) require_folder(o.init_from, "parent", "init-from");
+}
+
 std::string text_of(const boost::any& value) {
   if (const auto* v = boost::any_cast<std::string>(&value)) return *v;
   if (const auto* v = boost::any_cast<index_t>(&value)) return fmt::format("{}", *v);
@@ -330,8 +363,10 @@ Options parse_options(const std::vector<std::string>& arguments) {
   const auto defaulted = [&values](const char* name) {
     return values.count(name) == 0 || values[name].defaulted();
   };
+  bool embedded = false;
   if (trains && files.empty() && defaulted("corpus") && defaulted("init-from") && defaulted("model")) {
     store_config(std::string(kQuickstartConfig), "the embedded quickstart.cfg");
+    embedded = true;
   }
   try {
     po::notify(values);
@@ -339,11 +374,13 @@ Options parse_options(const std::vector<std::string>& arguments) {
     explain(error, all, "");
   }
   validate(options);
+  if (embedded) require_quickstart(options);
   for (const auto& option : all.options()) {
     const std::string& name = option->long_name();
     const bool is_mode =
         std::any_of(modes().begin(), modes().end(), [&](const auto& m) { return m.first == name; });
-    if (is_mode || name == "config" || values.count(name) == 0) continue;
+    const bool is_for_text = text_options().contains(name) && trains;
+    if (is_mode || is_for_text || name == "config" || values.count(name) == 0) continue;
     options.resolved.emplace_back(name, text_of(values[name].value()));
   }
   return options;

@@ -52,6 +52,7 @@ struct Options {
   std::optional<double> learning_rate;  // the schedule's base; rsqrt 1, else 1e-3
   index_t warmup = 10000;
   double weight_decay = 0;
+  bool scale_by_rms = true;
   double max_gradient_norm = 0;
   double z_loss = 1e-4;
 
@@ -71,6 +72,7 @@ struct Options {
   std::vector<std::filesystem::path> inputs;
   std::filesystem::path output, tokenizer;
   index_t vocab_pieces = 32000;
+  index_t vocab_sentences = 1000000;
   double heldout_fraction = 0.005;
   index_t shard_tokens = index_t{64} << 20;
   std::string document = "file";

@@ -26,6 +26,7 @@ int train_tokenizer_command(const Options& options, const ProcessGroup& world, c
     const TextStatistics statistics =
         train_tokenizer(options.inputs, options.output,
                         {.vocab_pieces = narrow<std::int32_t>(options.vocab_pieces),
+                         .max_sentences = options.vocab_sentences,
                          .seed = options.seed,
                          .text = text_options(options)});
     report_text(statistics, log);

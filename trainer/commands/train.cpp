@@ -4,9 +4,10 @@
 namespace regroup {
 
 int train_command(const Options& options, const ProcessGroup& world, const Log& log) {
+  TrainingRun run(options, world, log);
   log.info("configuration:");
   for (const auto& [name, value] : options.resolved) log.info("  {} = {}", name, value);
-  return TrainingRun(options, world, log).run();
+  return run.run();
 }
 
 }  // namespace regroup

@@ -100,6 +100,7 @@ nlohmann::ordered_json TrainingRun::identity() const {
                                 {"learning-rate", schedule_.base},
                                 {"warmup", options_.warmup},
                                 {"weight-decay", options_.weight_decay},
+                                {"scale-by-rms", options_.scale_by_rms},
                                 {"max-gradient-norm", options_.max_gradient_norm},
                                 {"z-loss", options_.z_loss}};
   if (uptraining()) all["pooling"] = options_.pooling;
@@ -121,7 +122,7 @@ void TrainingRun::build() {
     optimizer_ = std::make_unique<AdamW>(*backend_, runner_->parameters(), *mesh_,
                                          AdamW::Options{.step_offset = offset,
                                                         .weight_decay = options_.weight_decay,
-                                                        .scale_by_rms = true,
+                                                        .scale_by_rms = options_.scale_by_rms,
                                                         .max_gradient_norm = options_.max_gradient_norm});
   } else {
     optimizer_ = std::make_unique<Adafactor>(

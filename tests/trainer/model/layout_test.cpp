@@ -60,7 +60,8 @@ struct Outcome {
 // Three steps on a mesh; gradients are those of the last step.
 class Training {
  public:
-  Training(const Mesh& mesh, const ModelConfig& config, index_t micro_batch, bool recompute, bool adamw = false)
+  Training(const Mesh& mesh, const ModelConfig& config, index_t micro_batch, bool recompute,
+           bool adamw = false)
       : mesh_(mesh),
         micro_batch_(micro_batch),
         runner_(backend_, mesh, config,
@@ -74,9 +75,11 @@ class Training {
                  .z_loss = 1e-4}) {
     runner_.parameters().initialise(kSeed);
     if (adamw) {
+      // An epsilon of the gradients' own size: with Adam's usual one the first steps are the gradient's
+      // signs, and rounding turns over those of elements near 0.
       optimizer_ = std::make_unique<AdamW>(
           backend_, runner_.parameters(), mesh,
-          AdamW::Options{.weight_decay = 0.1, .scale_by_rms = true, .max_gradient_norm = 1});
+          AdamW::Options{.epsilon = 1e-2, .weight_decay = 0.1, .scale_by_rms = true, .max_gradient_norm = 1});
     } else {
       optimizer_ = std::make_unique<Adafactor>(backend_, runner_.parameters(), mesh, Adafactor::Options{});
     }
