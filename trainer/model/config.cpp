@@ -146,6 +146,7 @@ std::string to_json(const ModelConfig& config) {
       {"is_gated_act", true},
       {"is_encoder_decoder", true},
       {"tie_word_embeddings", false},
+      {"scale_decoder_outputs", false},
       {"pad_token_id", 0},
       {"eos_token_id", 1},
       {"decoder_start_token_id", 0},
@@ -160,7 +161,12 @@ ModelConfig model_config_from_json(const std::string& text, const std::string& w
   const Fields fields(object, where);
   fields.require("model_type", "t5", "this is another architecture");
   fields.require("feed_forward_proj", "gated-gelu", "T5 1.0's relu feed-forward is not this model");
-  fields.require("tie_word_embeddings", false, "T5 1.1 has an lm_head of its own");
+  // transformers 5 writes tie_word_embeddings true for every T5 and tells 1.1 apart by scale_decoder_outputs.
+  if (fields.has("scale_decoder_outputs")) {
+    fields.require("scale_decoder_outputs", false, "T5 1.0's tied and scaled output is not this model");
+  } else {
+    fields.require("tie_word_embeddings", false, "T5 1.1 has an lm_head of its own");
+  }
   ModelConfig config;
   config.vocab_size = fields.count("vocab_size");
   config.d_model = fields.count("d_model");

@@ -67,6 +67,25 @@ TEST(Config, RefusesOtherArchitecturesByName) {
             std::string::npos);
 }
 
+TEST(Config, TellsTiedModelsApartAsTransformersDoes) {
+  const std::string ours = to_json(t5_1_1("small"));
+  const auto with = [&ours](const std::string& old_text, const std::string& new_text) {
+    std::string text = ours;
+    text.replace(text.find(old_text), old_text.size(), new_text);
+    return text;
+  };
+  const std::string tied = "\"tie_word_embeddings\": false", scaled = "\"scale_decoder_outputs\": false";
+  EXPECT_NO_THROW(model_config_from_json(with(tied, "\"tie_word_embeddings\": true"), "x"));
+  EXPECT_NE(refusal([&] {
+              model_config_from_json(with(scaled, "\"scale_decoder_outputs\": true"), "x");
+            }).find("1.0"),
+            std::string::npos);
+  EXPECT_NE(refusal([&] {
+              model_config_from_json(with(tied + ",\n  " + scaled, "\"tie_word_embeddings\": true"), "x");
+            }).find("lm_head"),
+            std::string::npos);
+}
+
 TEST(Config, GroupsMustDivideHeads) {
   ModelConfig config = t5_1_1("base");
   config.kv_groups = 5;

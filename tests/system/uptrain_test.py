@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Uptraining a multi-head parent into grouped queries, and evaluation, at several layouts."""
+
+import re
+
+import harness
+from harness import DATA, MODEL, SystemTest, step_directory
+
+PARENT_STEPS = 60
+ALPHA = 0.2
+STEPS = PARENT_STEPS + round(ALPHA * PARENT_STEPS)
+WARMUP, BASE_RATE = 10, 0.1
+TRAINING = [*DATA, "--precision", "fp32", "--warmup", WARMUP, "--learning-rate", BASE_RATE, "--progress-every", 10]
+LAYOUTS = {"one": (1, 1), "tp2": (2, 2), "dp2": (2, 1)}  # ranks, tensor-parallel
+HEADS, D_KV = 4, 16
+
+
+class UptrainTest(SystemTest):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.parent = cls.home / "parent"
+        outcome = harness.run(["--pretrain", "--corpus", cls.corpus, "--run", cls.parent, *MODEL, *TRAINING, "--steps",
+                               PARENT_STEPS])
+        if outcome.code != 0:
+            raise AssertionError(f"the parent could not be trained: {outcome}")
+
+    def uptrain(self, run, layout="one", groups=2, pooling="mean", *more, code=0):
+        ranks, tensor_parallel = LAYOUTS[layout]
+        return self.train(["--uptrain", "--corpus", self.corpus, "--run", run, "--init-from", self.parent, *TRAINING,
+                           "--kv-groups", groups, "--alpha", ALPHA, "--pooling", pooling, "--tensor-parallel",
+                           tensor_parallel, *more], ranks=ranks, code=code)
+
+    def evaluate(self, checkpoint, layout="one", *more):
+        ranks, tensor_parallel = LAYOUTS[layout]
+        outcome = self.train(["--evaluate", "--corpus", self.corpus, "--checkpoint", checkpoint, *DATA[:2], *DATA[4:6],
+                              "--precision", "fp32", "--tensor-parallel", tensor_parallel, *more], ranks=ranks)
+        match = re.search(r"held-out loss ([\d.]+)  perplexity ([\d.]+)  targets ([\d,]+)", outcome.stdout)
+        self.assertIsNotNone(match, outcome)
+        return float(match.group(1)), int(match.group(3).replace(",", ""))
+
+    def check_conversion(self, groups, pooling):
+        """The same run at every layout: parent's and converted losses, steps, schedule, first losses, final loss."""
+        runs = {layout: self.folder / f"{pooling}-{groups}-{layout}" for layout in LAYOUTS}
+        for layout, run in runs.items():
+            self.uptrain(run, layout, groups, pooling)
+            lines = harness.metrics(run, "train")
+            self.assertEqual([line["step"] for line in lines], list(range(PARENT_STEPS + 1, STEPS + 1)))
+            self.assertEqual({line["total_steps"] for line in lines}, {STEPS})
+            batch = DATA[3]
+            self.assertEqual([line["samples"] for line in lines], [batch * line["step"] for line in lines])
+            for line in lines:  # the parent's schedule goes on
+                self.assert_relative(line["learning_rate"], BASE_RATE * max(line["step"] - 1, WARMUP) ** -0.5, 1e-12)
+            self.assertEqual(harness.saved_steps(run), [STEPS])
+        one = harness.evaluations(runs["one"])
+        self.assertEqual(set(one), {(PARENT_STEPS, "parent"), (PARENT_STEPS, "converted"), (STEPS, "held-out")})
+        parent_end = harness.evaluations(self.parent)[PARENT_STEPS, "held-out"]
+        self.assert_relative(one[PARENT_STEPS, "parent"], parent_end, 1e-5)
+        self.assertNotEqual(one[PARENT_STEPS, "converted"], one[PARENT_STEPS, "parent"])
+        for layout in ("tp2", "dp2"):
+            other = harness.evaluations(runs[layout])
+            self.assertEqual(set(other), set(one))
+            for key, loss in one.items():
+                self.assert_relative(other[key], loss, 1e-5, f"{layout} {key}")
+            self.assert_same_losses(harness.losses(runs[layout]), harness.losses(runs["one"]), 1e-5)
+
+    def test_two_groups_by_mean(self):
+        self.check_conversion(2, "mean")
+
+    def test_two_groups_by_first(self):
+        self.check_conversion(2, "first")
+
+    def test_two_groups_by_random(self):
+        self.check_conversion(2, "random")
+
+    def test_one_group_by_mean(self):
+        self.check_conversion(1, "mean")
+
+    def test_one_group_by_first(self):
+        self.check_conversion(1, "first")
+
+    def test_one_group_by_random(self):
+        self.check_conversion(1, "random")
+
+    def test_learning_rate_goes_on_where_the_parent_ended(self):
+        self.uptrain(self.folder / "run")
+        last = harness.metrics(self.parent, "train")[-1]
+        first = harness.metrics(self.folder / "run", "train")[0]
+        self.assertEqual(first["step"], last["step"] + 1)
+        self.assertLess(first["learning_rate"], last["learning_rate"])
+        self.assert_relative(first["learning_rate"], last["learning_rate"], 0.01)
+        self.assertEqual(first["samples"], last["samples"] + DATA[3])
+
+    def test_as_many_groups_as_heads_change_nothing(self):
+        run = self.folder / "run"
+        self.uptrain(run, groups=HEADS)
+        losses = harness.evaluations(run)
+        self.assertEqual(losses[PARENT_STEPS, "converted"], losses[PARENT_STEPS, "parent"])
+
+    def test_only_the_decoder_is_grouped(self):
+        run = self.folder / "run"
+        self.uptrain(run, "tp2", groups=2)
+        shapes = {name: shape for name, (shape, _) in
+                  harness.read_tensors(step_directory(run, STEPS) / "model.safetensors").items()}
+        d_model = MODEL[MODEL.index("--d-model") + 1]
+        for name, shape in shapes.items():
+            if name.endswith((".k.weight", ".v.weight")):
+                groups = 2 if name.startswith("decoder") else HEADS
+                self.assertEqual(shape, [groups * D_KV, d_model], name)
+        self.assertEqual(sum(name.endswith(".k.weight") for name in shapes), 3)
+
+    def test_evaluation_at_every_layout(self):
+        run = self.folder / "run"
+        self.uptrain(run)
+        expected = harness.evaluations(run)[STEPS, "held-out"]
+        last = harness.metrics(run, "evaluation")[-1]
+        for checkpoint in (run, step_directory(run, STEPS)):
+            for layout in LAYOUTS:
+                loss, targets = self.evaluate(checkpoint, layout)
+                self.assert_relative(loss, expected, 1e-5, f"{checkpoint} {layout}")
+                self.assertEqual(targets, last["tokens"])
+
+    def test_evaluation_writes_nothing(self):
+        before = harness.tree(self.parent)
+        self.evaluate(self.parent, "tp2")
+        self.assertEqual(harness.tree(self.parent), before)
+
+    def test_evaluation_of_a_bare_model(self):
+        # What transformers would have: weights and configuration, no run around them.
+        model = self.folder / "model"
+        model.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            (model / name).write_bytes((step_directory(self.parent, PARENT_STEPS) / name).read_bytes())
+        self.assertEqual(self.evaluate(model, "tp2"), self.evaluate(self.parent, "tp2"))
+
+    def test_a_parent_that_does_not_say_its_steps(self):
+        model = self.folder / "model"
+        model.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            (model / name).write_bytes((step_directory(self.parent, PARENT_STEPS) / name).read_bytes())
+        run = self.folder / "run"
+        self.train(["--uptrain", "--corpus", self.corpus, "--run", run, "--init-from", model, *TRAINING, "--kv-groups", 2,
+                    "--alpha", 0.01, "--parent-steps", 1000])
+        self.assertEqual([line["step"] for line in harness.metrics(run, "train")], list(range(1001, 1011)))
+
+    def test_resumed_uptraining_is_the_same(self):
+        whole, run = self.folder / "whole", self.folder / "run"
+        self.uptrain(whole, "tp2", 2, "mean", "--save-every", 4)
+        with_few_steps = ["--uptrain", "--corpus", self.corpus, "--run", run, "--init-from", self.parent, *TRAINING,
+                          "--kv-groups", 2, "--alpha", ALPHA, "--tensor-parallel", 2, "--save-every", 4]
+        with harness.Job(with_few_steps) as job:
+            self.assertTrue(job.wait_for(lambda: harness.saved_steps(run)))
+            for rank in job.rank_pids()[1:]:
+                job.kill(rank, 9)
+            job.finish()
+        self.train(with_few_steps)
+        self.assertEqual(harness.metrics(run, "train"), harness.metrics(whole, "train"))
+        self.assertEqual(harness.metrics(run, "evaluation"), harness.metrics(whole, "evaluation"))
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            self.assertEqual(harness.digest(step_directory(run, STEPS) / file),
+                             harness.digest(step_directory(whole, STEPS) / file))
+
+    def test_report(self):
+        run = self.folder / "gqa"
+        self.uptrain(run, groups=1)
+        outcome = self.train(["--report", "--runs", self.parent, run])
+        rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in outcome.stdout.splitlines()
+                if line.startswith("|")]
+        self.assertEqual(len(rows), 4, outcome)  # title, rule, two runs
+        parent, converted = rows[2:]
+        self.assertEqual(parent[:2], ["parent", "MHA"])
+        self.assertEqual(parent[3], str(PARENT_STEPS))
+        self.assertEqual(converted[:2], ["gqa", "MQA"])
+        self.assertEqual(converted[3], str(STEPS - PARENT_STEPS))
+        losses = harness.evaluations(run)
+        self.assertEqual(converted[4], f"{losses[PARENT_STEPS, 'converted']:.4f}")
+        self.assertEqual(converted[5], f"{losses[STEPS, 'held-out']:.4f}")
+        self.assertEqual(parent[5], f"{harness.evaluations(self.parent)[PARENT_STEPS, 'held-out']:.4f}")
+        # Keys and values of one decoder self-attention, bf16.
+        self.assertEqual(parent[7], f"{2 * HEADS * D_KV * 2}")
+        self.assertEqual(converted[7], f"{2 * 1 * D_KV * 2}")
+
+
+if __name__ == "__main__":
+    harness.main()
