@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -156,18 +155,14 @@ def exists(pid):
 class Job:
     """A job under way, in a process group of its own; a context manager that leaves nothing behind."""
 
-    def __init__(self, arguments, ranks=2, cwd=None, file_size_limit=None):
-        def limit_file_size():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-
+    def __init__(self, arguments, ranks=2, cwd=None):
         self.ranks = ranks
         self.begin = time.monotonic()
         self.stdout = tempfile.TemporaryFile()
         self.stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             command_of(arguments, ranks), stdin=subprocess.DEVNULL, stdout=self.stdout, stderr=self.stderr,
-            env={**ENVIRONMENT, **os.environ}, cwd=cwd, start_new_session=True,
-            preexec_fn=limit_file_size if file_size_limit else None)
+            env={**ENVIRONMENT, **os.environ}, cwd=cwd, start_new_session=True)
         self.seen = set()
 
     def __enter__(self):
