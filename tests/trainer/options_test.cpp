@@ -41,17 +41,31 @@ std::string resolved(const Options& options, const std::string& name) {
   return found == options.resolved.end() ? "absent" : found->second;
 }
 
+// In an empty working directory of its own.
 class OptionsTest : public testing::Test {
+ public:
+  OptionsTest(const OptionsTest&) = delete;
+  OptionsTest& operator=(const OptionsTest&) = delete;
+
  protected:
   OptionsTest()
-      : folder_(fs::path(testing::TempDir()) /
+      : before_(fs::current_path()),
+        folder_(fs::path(testing::TempDir()) /
                 testing::UnitTest::GetInstance()->current_test_info()->name()) {
     fs::remove_all(folder_);
     fs::create_directories(folder_);
+    fs::current_path(folder_);
   }
   ~OptionsTest() override {
     std::error_code ignored;
+    fs::current_path(before_, ignored);
     fs::remove_all(folder_, ignored);
+  }
+
+  // The folders that the embedded configuration needs.
+  static void make_quickstart_folders() {
+    fs::create_directories("quickstart-data/corpus");
+    fs::create_directories("quickstart-data/runs/parent");
   }
 
   std::string config(const std::string& name, const std::string& text) const {
@@ -60,7 +74,7 @@ class OptionsTest : public testing::Test {
   }
 
  private:
-  fs::path folder_;
+  fs::path before_, folder_;
 };
 
 // ---- parse_config
@@ -157,6 +171,7 @@ TEST_F(OptionsTest, MalformedValuesNameTheOption) {
 }
 
 TEST_F(OptionsTest, SwitchesTakeAValueOrNone) {
+  make_quickstart_folders();
   EXPECT_FALSE(parse_options({"--uptrain"}).recompute);
   EXPECT_TRUE(parse_options({"--uptrain", "--recompute"}).recompute);
   EXPECT_TRUE(parse_options({"--uptrain", "--recompute=on"}).recompute);
@@ -183,6 +198,7 @@ TEST_F(OptionsTest, EachModeSaysWhatItLacks) {
 // -------------------------------------------------------------------------------------------
 
 TEST_F(OptionsTest, TheEmbeddedDefaultRunsPretrainAndUptrain) {
+  make_quickstart_folders();
   const Options pretrain = parse_options({"--pretrain"});
   EXPECT_EQ(pretrain.run, "quickstart-data/runs/parent");
   EXPECT_FALSE(pretrain.kv_groups.has_value()) << "a line of [uptrain] reached --pretrain";
@@ -192,6 +208,16 @@ TEST_F(OptionsTest, TheEmbeddedDefaultRunsPretrainAndUptrain) {
   EXPECT_EQ(uptrain.corpus, pretrain.corpus);
   EXPECT_EQ(uptrain.kv_groups, 1) << "the command line wins over the embedded default";
   EXPECT_NE(uptrain.run, pretrain.run);
+}
+
+TEST_F(OptionsTest, TheEmbeddedDefaultSaysWhatMakesItsFolders) {
+  const std::string no_corpus = complaint_about({"--uptrain"});
+  EXPECT_TRUE(contains(no_corpus, "quickstart-data/corpus") && contains(no_corpus, "./quickstart"))
+      << no_corpus;
+  fs::create_directories("quickstart-data/corpus");
+  EXPECT_EQ(complaint_about({"--pretrain"}), "");
+  const std::string no_parent = complaint_about({"--uptrain"});
+  EXPECT_TRUE(contains(no_parent, "runs/parent") && contains(no_parent, "./quickstart")) << no_parent;
 }
 
 TEST_F(OptionsTest, TheEmbeddedDefaultStandsBackWhereARunIsDescribed) {
@@ -249,6 +275,7 @@ TEST_F(OptionsTest, AMissingFileIsNamed) {
 }
 
 TEST_F(OptionsTest, ResolvedSaysTheRunAgain) {
+  make_quickstart_folders();
   const Options options = parse_options({"--uptrain", "--kv-groups", "1", "--recompute", "--alpha", "0.1"});
   EXPECT_EQ(resolved(options, "kv-groups"), "1");
   EXPECT_EQ(resolved(options, "recompute"), "on");
@@ -308,7 +335,8 @@ TEST(CommittedConfigs, UptrainingIsThePapers) {
   EXPECT_EQ(options.parent_steps, 1000000);
 }
 
-TEST(Help, NamesEveryOptionAndTheExitCodes) {
+TEST_F(OptionsTest, HelpNamesEveryOptionAndTheExitCodes) {
+  make_quickstart_folders();
   const std::string text = help();
   for (const auto& [name, value] : parse_options({"--uptrain"}).resolved) {
     EXPECT_TRUE(contains(text, "--" + name)) << name;
