@@ -68,7 +68,8 @@ class OptionTest(BadInputTest):
                               ("max-gradient-norm", -1), ("keep-every", -3), ("steps", -1), ("warmup", -1), ("seed", -1),
                               ("batch-size", 10**12), ("micro-batch", -1)):
             with self.subTest(f"{option} {value}"):
-                self.refuse(self.pretrain(f"--{option}", value), option, ranks=1)
+                self.refuse(self.pretrain("--run", self.folder / f"{option} {value}", f"--{option}", value), option,
+                            ranks=1)
 
     def test_missing_options(self):
         for option in ("--run", "--corpus", "--steps"):

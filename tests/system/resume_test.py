@@ -54,6 +54,7 @@ class InterruptedRun(SystemTest):
         """The run ended as if nothing had happened to it."""
         self.assert_complete(run)
         self.assertIn(STEPS, harness.saved_steps(run))
+        self.assertTrue((run / "loss.svg").is_file())
         for file in ("model.safetensors", "optimizer.safetensors"):
             self.assertEqual(harness.digest(step_directory(run, STEPS) / file),
                              harness.digest(step_directory(reference.run, STEPS) / file), file)
@@ -238,6 +239,19 @@ class ContinuationTest(SystemTest):
         outcome = self.train(self.command(run, 5))
         self.assertRegex(outcome.stderr, "is complete: 5 steps are done")
         self.assertEqual(harness.tree(run), before)
+
+    def test_a_run_killed_after_its_last_save_is_tidied_up(self):
+        # Between the last checkpoint and the end an older one is removed and the loss is drawn.
+        run = self.folder / "run"
+        self.train(self.command(run, 5))
+        (run / "loss.svg").unlink()
+        left = run / "checkpoints" / "step-00000003.deleting"
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
+        outcome = self.train(self.command(run, 5))
+        self.assertRegex(outcome.stderr, "is complete: 5 steps are done")
+        self.assert_complete(run)
+        self.assertTrue((run / "loss.svg").is_file(), outcome)
 
     def test_another_run_is_refused(self):
         run = self.folder / "run"
