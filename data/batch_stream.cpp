@@ -62,7 +62,7 @@ void make_batch(const Samples& samples, const BatchRequest& request, Batch& batc
 }
 
 BatchStream::BatchStream(Samples samples, Schedule schedule, const PrefetchOptions& options)
-    : samples_(std::move(samples)), schedule_(std::move(schedule)) {
+    : samples_(samples), schedule_(std::move(schedule)) {
   check(options.workers >= 1 && options.depth >= 2, "a stream with {} workers and {} batches was asked for",
         options.workers, options.depth);
   slots_.resize(static_cast<std::size_t>(options.depth));

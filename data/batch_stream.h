@@ -83,7 +83,9 @@ class BatchStream {
   using Schedule = std::function<std::optional<BatchRequest>(std::int64_t batch)>;
 
   BatchStream(Samples samples, Schedule schedule, const PrefetchOptions& options = {});
-  BatchStream(BatchStream&&) = delete;
+  ~BatchStream() = default;
+  BatchStream(const BatchStream&) = delete;
+  BatchStream& operator=(const BatchStream&) = delete;
 
   // The next batch, valid until the following call; null at the end. Rethrows what a worker threw over it.
   const Batch* next();

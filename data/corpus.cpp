@@ -43,6 +43,8 @@ class Corpus::MappedFile {
   MappedFile(MappedFile&& other) noexcept
       : path_(std::move(other.path_)), data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
   MappedFile& operator=(MappedFile&&) = delete;
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
   std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(data_), size_}; }
@@ -92,6 +94,8 @@ Corpus::Corpus(std::filesystem::path folder) : folder_(std::move(folder)) {
   const std::string text = read_text(path);
   manifest_ = parse_manifest(text, path.string());
   fingerprint_ = checksum(std::as_bytes(std::span(text.data(), text.size())));
+  const InputFile tokenizer(
+      tokenizer_file());  // checkpoints carry a copy: better missed now than at the first save
   for (const Split split : kSplits) {
     std::int64_t begin = 0;
     for (const auto& shard : manifest_.shards(split)) {

@@ -69,7 +69,7 @@ class Entry {
   }
   // The name of a file right inside the corpus folder.
   std::string file(const char* key) const {
-    const std::string name = text(key);
+    std::string name = text(key);
     const bool plain = std::all_of(name.begin(), name.end(), [](char c) {
       return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' ||
              c == '-' || c == '_';

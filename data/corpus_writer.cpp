@@ -436,7 +436,9 @@ CorpusResult CorpusWriter::run() {
   const Removal removal(share_.part == 0 ? folder_ : std::filesystem::path{});
   agree(share_, [&] {
     if (share_.part != 0) return;
-    std::filesystem::remove_all(folder_);  // of a run that was killed
+    std::error_code error;
+    std::filesystem::remove_all(folder_, error);  // of a run that was killed
+    if (error) throw UserError("cannot write {}: {}", folder_.string(), error.message());
     regroup::create_directories(folder_);
   });
   tokenize();

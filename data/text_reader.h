@@ -81,7 +81,8 @@ class TextReader {
  public:
   TextReader(const TextSource& source, const TextUnit& unit, const TextOptions& options);
   ~TextReader();
-  TextReader(TextReader&&) = delete;
+  TextReader(const TextReader&) = delete;
+  TextReader& operator=(const TextReader&) = delete;
 
   // The next document, or nothing at the end.
   std::optional<Document> next();

@@ -35,6 +35,8 @@ class Tokenizer {
   ~Tokenizer();
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
 
   // The ids of `text` (UTF-8), without eos. Never pad, eos or a sentinel, whatever the text holds.
   std::vector<std::int32_t> encode(std::string_view text) const;

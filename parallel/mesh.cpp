@@ -27,16 +27,16 @@ int replicas_of(index_t kv_groups, int tensor_parallel) {
 
 Layout complete_layout(Layout layout, int ranks) {
   const int tp = layout.tensor_parallel;
-  if (tp < 1) throw UserError("tensor_parallel is {}; it must be at least 1", tp);
+  if (tp < 1) throw UserError("tensor-parallel is {}; it must be at least 1", tp);
   if (layout.data_parallel < 0) {
-    throw UserError("data_parallel is {}; it must be at least 1, or 0 for ranks / tensor_parallel",
+    throw UserError("data-parallel is {}; it must be at least 1, or 0 for ranks / tensor-parallel",
                     layout.data_parallel);
   }
   if (layout.data_parallel == 0) {
     if (ranks % tp != 0) {
       throw UserError(
-          "data_parallel x tensor_parallel = ranks: no data_parallel does it for tensor_parallel {} and {} "
-          "ranks; a tensor_parallel of {} would",
+          "data-parallel x tensor-parallel = ranks: no data-parallel does it for tensor-parallel {} and {} "
+          "ranks; a tensor-parallel of {} would",
           tp, ranks, fmt::join(divisors(ranks), ", "));
     }
     layout.data_parallel = ranks / tp;
@@ -44,7 +44,7 @@ Layout complete_layout(Layout layout, int ranks) {
   const index_t needed = index_t{layout.data_parallel} * tp;
   if (needed != ranks) {
     throw UserError(
-        "data_parallel x tensor_parallel = ranks: {} x {} = {}, but the job has {} ranks; start {} "
+        "data-parallel x tensor-parallel = ranks: {} x {} = {}, but the job has {} ranks; start {} "
         "(mpirun -n {}) or change the layout",
         layout.data_parallel, tp, needed, ranks, needed, needed);
   }

@@ -1,6 +1,7 @@
 #include "trainer/options.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <map>
 #include <sched.h>
@@ -31,20 +32,31 @@ const std::vector<std::pair<std::string, Mode>>& modes() {
   return all;
 }
 
-// Options that only say how text becomes a corpus.
-const std::set<std::string>& text_options() {
-  static const std::set<std::string> names = {"input",
-                                              "output",
-                                              "tokenizer",
-                                              "vocab-pieces",
-                                              "vocab-sentences",
-                                              "heldout-fraction",
-                                              "shard-tokens",
-                                              "document",
-                                              "max-bad-fraction",
-                                              "overwrite",
-                                              "runs"};
-  return names;
+// Options that say nothing in a mode that trains.
+bool is_idle(const std::string& name, Mode mode) {
+  static const std::set<std::string> text = {"input",
+                                             "output",
+                                             "tokenizer",
+                                             "vocab-pieces",
+                                             "vocab-sentences",
+                                             "heldout-fraction",
+                                             "shard-tokens",
+                                             "document",
+                                             "max-bad-fraction",
+                                             "overwrite",
+                                             "runs",
+                                             "checkpoint"};
+  static const std::set<std::string> pretraining = {"init-from", "alpha", "parent-steps", "pooling"};
+  static const std::set<std::string> uptraining = {"model", "steps"};
+  return text.contains(name) || (mode == Mode::kPretrain && pretraining.contains(name)) ||
+         (mode == Mode::kUptrain && uptraining.contains(name));
+}
+
+// A path as it is compared and shown: without "." parts and a '/' at its end.
+std::filesystem::path normal(const std::string& text) {
+  const std::filesystem::path path = std::filesystem::path(text).lexically_normal();
+  return path.has_filename() || !path.has_parent_path() || path == path.root_path() ? path
+                                                                                    : path.parent_path();
 }
 
 // A value bound to a member, with its present value as the default that --help shows.
@@ -57,7 +69,14 @@ po::typed_value<std::string>* text(std::string& member) {
 }
 po::typed_value<std::string>* path(std::filesystem::path& member, const char* name = "PATH") {
   return po::value<std::string>()->value_name(name)->notifier(
-      [&member](const std::string& value) { member = value; });
+      [&member](const std::string& value) { member = normal(value); });
+}
+// Read as signed: Boost wraps a negative number into an unsigned one without a word.
+po::typed_value<index_t>* seed(std::uint64_t& member) {
+  return po::value<index_t>()->default_value(0)->notifier([&member](index_t value) {
+    if (value < 0) throw UserError("seed = {}; it must be at least 0", value);
+    member = static_cast<std::uint64_t>(value);
+  });
 }
 template <class T>
 po::typed_value<T>* optional(std::optional<T>& member) {
@@ -65,7 +84,10 @@ po::typed_value<T>* optional(std::optional<T>& member) {
 }
 po::typed_value<std::vector<std::string>>* paths(std::vector<std::filesystem::path>& member) {
   return po::value<std::vector<std::string>>()->multitoken()->composing()->value_name("PATH...")->notifier(
-      [&member](const std::vector<std::string>& values) { member.assign(values.begin(), values.end()); });
+      [&member](const std::vector<std::string>& values) {
+        member.clear();
+        for (const std::string& value : values) member.push_back(normal(value));
+      });
 }
 po::typed_value<bool>* flag(bool& member) {
   return po::value<bool>(&member)
@@ -95,7 +117,7 @@ std::vector<po::options_description> describe(Options& o) {
   group("Run")("config", po::value<std::vector<std::string>>()->composing()->value_name("FILE"),
                "configuration file; may be repeated, later ones win, the command line wins over all")(
       "run", path(o.run), "directory of the run; the same command again resumes what is there")(
-      "seed", bound(o.seed), "of initial weights, sample order, span masks, dropout")(
+      "seed", seed(o.seed), "of initial weights, sample order, span masks, dropout")(
       "threads", bound(o.threads), "of each rank; 0: OMP_NUM_THREADS, or its share of the host's cores");
   group("Model")("model", text(o.model), "size: tiny, small, base, large, xl or xxl")(
       "d-model", optional(o.d_model), "instead of the size's")(
@@ -115,6 +137,8 @@ std::vector<po::options_description> describe(Options& o) {
       "of weights and activations in products: bf16 or fp32 (masters are fp32)")(
       "recompute", flag(o.recompute), "keep only each layer's input for backward: less memory, more time");
   group("Data")("corpus", path(o.corpus), "folder that --prepare-data made")(
+      "verify-corpus", flag(o.verify_corpus),
+      "compare the corpus with its checksums before training; the ranks share the reading")(
       "inputs-length", bound(o.inputs_length), "encoder tokens of a sample; targets follow (512: 114)")(
       "noise-density", bound(o.noise_density), "share of tokens that is dropped")(
       "mean-span", bound(o.mean_span), "mean length of a dropped span")("workers", bound(o.workers),
@@ -242,6 +266,23 @@ void require_at_least(const char* option, index_t value, index_t least) {
   if (value < least) throw UserError("{} = {}; it must be at least {}", option, value, least);
 }
 
+// Beyond these a number is a slip of the finger, and would ask for more memory than there is.
+constexpr index_t kMostSequences = index_t{1} << 24;
+constexpr index_t kMostPieces = index_t{1} << 24;
+
+void require_at_most(const char* option, index_t value, index_t most) {
+  if (value > most) throw UserError("{} = {}; at most {} is possible", option, value, most);
+}
+
+void require_share(const char* option, double value) {
+  if (!(value >= 0 && value <= 1)) throw UserError("{} = {}; it is a share, from 0 to 1", option, value);
+}
+
+void require_finite(const char* option, double value) {
+  if (!std::isfinite(value) || value < 0)
+    throw UserError("{} = {}; it must be a number, and not negative", option, value);
+}
+
 void require_one_of(const char* option, const std::string& value, const std::vector<std::string>& legal) {
   if (std::find(legal.begin(), legal.end(), value) == legal.end()) {
     throw UserError("{} = {}{}; use one of {}", option, value, did_you_mean(value, legal),
@@ -255,6 +296,11 @@ void validate(const Options& o) {
   require_one_of("document", o.document, {"file", "line"});
   require_at_least("threads", o.threads, 0);
   require_at_least("batch-size", o.batch_size, 1);
+  require_at_most("batch-size", o.batch_size, kMostSequences);
+  require_at_most("evaluation-samples", o.evaluation_samples, kMostSequences);
+  require_at_most("vocab-pieces", o.vocab_pieces, kMostPieces);
+  require_share("heldout-fraction", o.heldout_fraction);
+  require_share("max-bad-fraction", o.max_bad_fraction);
   require_at_least("micro-batch", o.micro_batch, 0);
   require_at_least("save-every", o.save_every, 1);
   require_at_least("keep-last", o.keep_last, 1);
@@ -264,6 +310,11 @@ void validate(const Options& o) {
   require_at_least("workers", o.workers, 1);
   require_at_least("warmup", o.warmup, 0);
   require_at_least("parent-steps", o.parent_steps, 1);
+  require_at_least("keep-every", o.keep_every, 0);
+  require_finite("learning-rate", o.learning_rate.value_or(0));
+  require_finite("weight-decay", o.weight_decay);
+  require_finite("max-gradient-norm", o.max_gradient_norm);
+  require_finite("z-loss", o.z_loss);
   require_at_least("vocab-pieces", o.vocab_pieces, 16);
   require_at_least("shard-tokens", o.shard_tokens, 1);
   if (!(o.alpha > 0 && o.alpha <= 100))
@@ -331,13 +382,23 @@ Options parse_options(const std::vector<std::string>& arguments) {
   Options options;
   const po::options_description all = all_options(options);
   po::variables_map values;
-  const po::positional_options_description none;
+  po::options_description hidden;
+  hidden.add_options()("word", po::value<std::vector<std::string>>());
+  po::options_description everything;
+  everything.add(all).add(hidden);
+  po::positional_options_description words;
+  words.add("word", -1);
   try {
     using Style = po::command_line_style::style_t;
     const int style = Style::unix_style & ~Style::allow_guessing & ~Style::allow_short & ~Style::allow_sticky;
-    po::store(po::command_line_parser(arguments).options(all).positional(none).style(style).run(), values);
+    po::store(po::command_line_parser(arguments).options(everything).positional(words).style(style).run(),
+              values);
   } catch (const std::exception& error) {
     explain(error, all, "");
+  }
+  if (values.count("word") != 0) {
+    throw UserError("'{}' is no option: options begin with --, and --help lists them all",
+                    values["word"].as<std::vector<std::string>>().front());
   }
   options.mode = mode_of(values);
   const auto mode_name = std::find_if(modes().begin(), modes().end(), [&](const auto& entry) {
@@ -379,8 +440,9 @@ Options parse_options(const std::vector<std::string>& arguments) {
     const std::string& name = option->long_name();
     const bool is_mode =
         std::any_of(modes().begin(), modes().end(), [&](const auto& m) { return m.first == name; });
-    const bool is_for_text = text_options().contains(name) && trains;
-    if (is_mode || is_for_text || name == "config" || values.count(name) == 0) continue;
+    if (is_mode || name == "config" || values.count(name) == 0) continue;
+    if (!values[name].defaulted()) options.given.insert(name);
+    if (trains && is_idle(name, options.mode)) continue;
     options.resolved.emplace_back(name, text_of(values[name].value()));
   }
   return options;
@@ -430,9 +492,9 @@ std::string help() {
   for (const po::options_description& group : describe(options)) out << '\n' << group;
   out << "\nA configuration file has lines `option = value`, comments after '#', and sections [pretrain], "
          "[uptrain], ...\n"
-         "whose lines count for that mode only. Where neither --config, --corpus, --model nor --init-from is "
-         "given,\n"
-         "the embedded configs/quickstart.cfg is used.\n\n"
+         "whose lines count for that mode only. Where a training mode is given\n"
+         "none of --config, --corpus, --model and --init-from, the embedded configs/quickstart.cfg is "
+         "used.\n\n"
          "Exit codes: 0 done, 1 a failure of the system or a bug, 2 something to put right in the call or "
          "its files,\n"
          "75 stopped by a signal after saving: the same command resumes.\n";

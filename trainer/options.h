@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,6 +38,7 @@ struct Options {
 
   // Data.
   std::filesystem::path corpus;
+  bool verify_corpus = true;
   index_t inputs_length = 512;
   double noise_density = 0.15;
   double mean_span = 3.0;
@@ -82,15 +84,19 @@ struct Options {
   // --report: the runs to compare.
   std::vector<std::filesystem::path> runs;
 
-  // Name and value of everything that is not at its default's default, in the order of --help: what a
-  // configuration file needs to say to get the same run. Printed at the start and saved with the run.
+  // The names that were given, by command line or file.
+  std::set<std::string> given;
+
+  // Name and value of everything that counts in this mode, in the order of --help: what a configuration file
+  // needs to say to get the same run. Printed at the start and saved with the run.
   std::vector<std::pair<std::string, std::string>> resolved;
 };
 
 // Reads the command line and the --config files it names (a later file wins over an earlier one, the command
-// line over all). Where neither --config, --corpus, --model nor --init-from is given, the embedded
-// configs/quickstart.cfg is read first. UserError for unknown options (naming the nearest), malformed values,
-// several modes, and for a mode that lacks what it needs; file and line where it came from a file.
+// line over all). Where --pretrain or --uptrain is given none of --config, --corpus, --model and --init-from,
+// the embedded configs/quickstart.cfg is read first. UserError for unknown options (naming the nearest),
+// malformed values, several modes, and for a mode that lacks what it needs; file and line where it came from
+// a file.
 Options parse_options(const std::vector<std::string>& arguments);
 
 // The pairs of a configuration file: `key = value` lines, '#' comments, and [mode] sections, whose pairs

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <fcntl.h>
 #include <memory>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <system_error>
 #include <unistd.h>
@@ -108,6 +109,19 @@ void OutputFile::commit() {
   ::close(std::exchange(descriptor_, -1));
   rename_durably(aside_, path_);
 }
+
+FileLock::FileLock(const std::filesystem::path& path)
+    : descriptor_(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
+  if (descriptor_ < 0) throw UserError("cannot write {}: {}", path.string(), std::strerror(errno));
+  if (::flock(descriptor_, LOCK_EX | LOCK_NB) == 0) return;
+  const bool held = errno == EWOULDBLOCK;
+  const std::string reason = std::strerror(errno);
+  ::close(descriptor_);
+  if (held) throw UserError("{} is held by another job: wait for it, or give another --run", path.string());
+  throw SystemError("flock of {}: {}", path.string(), reason);
+}
+
+FileLock::~FileLock() { ::close(descriptor_); }
 
 std::string read_text(const std::filesystem::path& path, std::uint64_t limit) {
   const InputFile file(path);

@@ -54,6 +54,19 @@ class OutputFile {
   int descriptor_ = -1;
 };
 
+// An advisory lock on a file (flock), made if need be; held until destruction or the end of the process,
+// however it ends. UserError where another process holds it.
+class FileLock {
+ public:
+  explicit FileLock(const std::filesystem::path& path);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  int descriptor_ = -1;
+};
+
 // The whole file as text. Throws UserError where it cannot be read or is larger than `limit` bytes.
 std::string read_text(const std::filesystem::path& path, std::uint64_t limit = std::uint64_t{1} << 30);
 // Writes `text` so that `path` holds either its old content or all of the new.

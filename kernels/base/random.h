@@ -31,8 +31,8 @@ class Philox {
     std::array<std::uint32_t, 4> c = {static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
                                       static_cast<std::uint32_t>(high),
                                       static_cast<std::uint32_t>(high >> 32)};
-    std::uint32_t k0 = static_cast<std::uint32_t>(key_);
-    std::uint32_t k1 = static_cast<std::uint32_t>(key_ >> 32);
+    auto k0 = static_cast<std::uint32_t>(key_);
+    auto k1 = static_cast<std::uint32_t>(key_ >> 32);
     for (int round = 0; round < 10; ++round) {
       const std::uint64_t p0 = std::uint64_t{0xD2511F53} * c[0];
       const std::uint64_t p1 = std::uint64_t{0xCD9E8D57} * c[2];

@@ -27,20 +27,20 @@ TEST(CompleteLayout, FillsDataParallel) {
 TEST(CompleteLayout, RefusesWithTheEquationAndWhatWouldDo) {
   EXPECT_EQ(
       refusal({.data_parallel = 0, .tensor_parallel = 4}, 6),
-      "data_parallel x tensor_parallel = ranks: no data_parallel does it for tensor_parallel 4 and 6 ranks; "
-      "a tensor_parallel of 1, 2, 3, 6 would");
+      "data-parallel x tensor-parallel = ranks: no data-parallel does it for tensor-parallel 4 and 6 ranks; "
+      "a tensor-parallel of 1, 2, 3, 6 would");
   EXPECT_EQ(
       refusal({.data_parallel = 2, .tensor_parallel = 4}, 6),
-      "data_parallel x tensor_parallel = ranks: 2 x 4 = 8, but the job has 6 ranks; start 8 (mpirun -n 8) or "
+      "data-parallel x tensor-parallel = ranks: 2 x 4 = 8, but the job has 6 ranks; start 8 (mpirun -n 8) or "
       "change the layout");
   EXPECT_EQ(
       refusal({.data_parallel = 1 << 20, .tensor_parallel = 1 << 20}, 1),
-      "data_parallel x tensor_parallel = ranks: 1048576 x 1048576 = 1099511627776, but the job has 1 ranks; "
+      "data-parallel x tensor-parallel = ranks: 1048576 x 1048576 = 1099511627776, but the job has 1 ranks; "
       "start 1099511627776 (mpirun -n 1099511627776) or change the layout");
   EXPECT_EQ(refusal({.data_parallel = 1, .tensor_parallel = 0}, 1),
-            "tensor_parallel is 0; it must be at least 1");
+            "tensor-parallel is 0; it must be at least 1");
   EXPECT_EQ(refusal({.data_parallel = -1, .tensor_parallel = 1}, 1),
-            "data_parallel is -1; it must be at least 1, or 0 for ranks / tensor_parallel");
+            "data-parallel is -1; it must be at least 1, or 0 for ranks / tensor-parallel");
 }
 
 // The ranks (of the world) that a communicator reaches, as a bit mask.

@@ -256,28 +256,33 @@ PendingStep CheckpointStore::begin(index_t step) const {
   return PendingStep(group_, path, final_path);
 }
 
-nlohmann::json CheckpointStore::state(index_t step) const {
-  return ask_root(group_, [&] { return parse_state(path_of(step) / kStateFile); });
+nlohmann::json step_state(const ProcessGroup& group, const std::filesystem::path& directory) {
+  return ask_root(group, [&] { return parse_state(directory / kStateFile); });
 }
 
-void CheckpointStore::verify(index_t step) const {
-  const auto directory = path_of(step);
-  const auto known = state(step);
-  group_.run_on(0, [&] { check_sizes(directory, known); });
+void verify_step(const ProcessGroup& group, const std::filesystem::path& directory) {
+  const auto known = step_state(group, directory);
+  group.run_on(0, [&] { check_sizes(directory, known); });
   std::vector<std::filesystem::path> files;
   std::vector<std::string> expected;
   for (const auto& [name, entry] : known["files"].items()) {
     files.push_back(directory / name);
     expected.push_back(entry.at("checksum").get<std::string>());
   }
-  const auto found = tree_checksums(group_, files);
-  for (std::size_t i = 0; i < files.size(); ++i) {
-    if (hexadecimal(found[i]) == expected[i]) continue;
-    throw UserError(
-        "{} is damaged: its checksum is {}, not {}; remove {} to go on from an earlier checkpoint",
-        files[i].string(), hexadecimal(found[i]), expected[i], directory.string());
-  }
+  const auto found = tree_checksums(group, files);
+  group.run_together([&] {
+    for (std::size_t i = 0; i < files.size(); ++i) {
+      if (hexadecimal(found[i]) == expected[i]) continue;
+      throw UserError(
+          "{} is damaged: its checksum is {}, not {}; remove {} to go on from an earlier checkpoint",
+          files[i].string(), hexadecimal(found[i]), expected[i], directory.string());
+    }
+  });
 }
+
+nlohmann::json CheckpointStore::state(index_t step) const { return step_state(group_, path_of(step)); }
+
+void CheckpointStore::verify(index_t step) const { verify_step(group_, path_of(step)); }
 
 void CheckpointStore::prune(index_t keep_last, index_t keep_every) const {
   const auto all = steps();

@@ -82,6 +82,12 @@ class CheckpointStore {
   std::filesystem::path directory_;
 };
 
+// What a step directory's trainer.json says, wherever the directory lies; and the comparison of its files
+// with it. Collective; the same UserError on every rank. CheckpointStore's members of the same name are
+// these.
+nlohmann::json step_state(const ProcessGroup& group, const std::filesystem::path& directory);
+void verify_step(const ProcessGroup& group, const std::filesystem::path& directory);
+
 // XXH3 of the XXH3s (little-endian) of the file's 4 MiB blocks, of several files at once. Collective: blocks
 // are dealt to the ranks in turn; every rank gets all the results.
 std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,

@@ -12,19 +12,22 @@
 
 namespace regroup {
 
-int evaluate_command(const Options& options, const ProcessGroup& world, const Log& log) {
+int evaluate_command(const Options& asked, const ProcessGroup& world, const Log& log) {
+  Options options = asked;
   const CheckpointSource source = find_checkpoint(world, options.checkpoint);
   const ModelConfig& config = source.config;
   std::optional<Corpus> corpus;
   std::optional<Samples> samples;
   Layout layout;
   world.run_together([&] {
+    if (source.state) inherit(options, source.state->identity);  // measured as it was trained
     corpus.emplace(options.corpus);
     samples.emplace(*corpus, Split::kHeldout, heldout_samples(options));
-    require_same_vocabulary(config, *corpus);
+    require_same_vocabulary(source, *corpus);
     layout = complete_layout(options.layout, world.size());
     validate_tensor_parallel(config, layout.tensor_parallel);
   });
+  verify_checkpoint(world, source);
   CpuBackend backend(threads_of(options.threads, world.split_by_host().size()));
   const Mesh mesh(world, layout, {config.kv_groups, config.encoder_kv_groups});
   const index_t micro_batch = evaluation_micro_batch(options);

@@ -20,7 +20,9 @@ struct Row {
 
 Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
   const CheckpointSource source = find_checkpoint(world, run);
-  if (!source.state) throw UserError("{} is not a run of this program", run.string());
+  world.run_together([&] {
+    if (!source.state) throw UserError("{} is not a run of this program", run.string());
+  });
   const RunState& state = *source.state;
   Row row{.name = run.filename().string(),
           .config = source.config,
@@ -31,7 +33,8 @@ Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
   row.kind = row.config.kv_groups == row.config.num_heads ? "MHA"
              : multi_query                                ? "MQA"
                                                           : fmt::format("GQA-{}", row.config.kv_groups);
-  const MetricsHistory history = read_metrics(run / "metrics.jsonl");
+  MetricsHistory history;
+  world.run_together([&] { history = read_metrics(run / "metrics.jsonl"); });
   for (const EvaluationMetrics& evaluation : history.evaluations) {
     if (evaluation.name == "held-out") row.after = evaluation.loss;
     if (evaluation.name == "unigram") row.before = evaluation.loss;

@@ -109,6 +109,9 @@ void validate(const ModelConfig& config) {
       {"relative-attention-max-distance", config.relative_attention_max_distance}};
   for (const auto& [name, count] : counts) {
     if (count < 1) throw UserError("{} = {}; a positive whole number is needed", name, count);
+    constexpr index_t kMost = index_t{1}
+                              << 24;  // of a layer count as of a vocabulary: beyond, a slip of the finger
+    if (count > kMost) throw UserError("{} = {}; at most {} is possible", name, count, kMost);
   }
   if (config.relative_attention_num_buckets % 4 != 0 ||
       config.relative_attention_max_distance <= config.relative_attention_num_buckets / 2) {

@@ -10,8 +10,7 @@ LanguageModelHead::LanguageModelHead(const ParameterStore& store, int tp_rank)
 index_t LanguageModelHead::chunk_rows(index_t rows) const {
   constexpr index_t kChunkElements = index_t{1} << 24;
   const index_t most = std::max<index_t>(32, kChunkElements / lm_head_.weight[0]);
-  const index_t chunks = (rows + most - 1) / most;
-  return (rows + chunks - 1) / chunks;
+  return std::min(rows, most);
 }
 
 LanguageModelHead::Chunk LanguageModelHead::forward(Step& step, Tensor hidden, Tensor targets, Tensor loss,

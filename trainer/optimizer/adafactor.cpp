@@ -102,6 +102,7 @@ double Adafactor::update(index_t step, double learning_rate) {
     return std::sqrt(totals_.reduce_statistics());
   };
   const double norm = statistics();
+  if (!std::isfinite(norm)) return norm;
   if (options_.max_gradient_norm > 0 && norm > options_.max_gradient_norm) {
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
     statistics();

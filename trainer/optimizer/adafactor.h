@@ -22,6 +22,8 @@ class Adafactor final : public Optimizer {
 
   Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, const Options& options);
   ~Adafactor() override;
+  Adafactor(const Adafactor&) = delete;
+  Adafactor& operator=(const Adafactor&) = delete;
 
   double update(index_t step, double learning_rate) override;
   std::vector<ShardedTensor> state() const override;

@@ -15,8 +15,8 @@ class Optimizer {
 
   // Updates the store's masters and weights from its gradients (already summed over dp and KV replicas) at
   // 0-based step `step`. Norms and means are over global tensors: partial sums of all tensors travel together
-  // over the tp axis. Collective over tp. Returns the norm of the whole gradient, every replicated element
-  // counted once, before any clipping.
+  // over the tp axis. Collective over tp. A gradient that is not finite changes nothing. Returns the norm of
+  // the whole gradient, every replicated element counted once, before any clipping.
   virtual double update(index_t step, double learning_rate) = 0;
 
   // The state under "<parameter>.<slot>" with global shapes; memory of the device, owned by the optimizer.

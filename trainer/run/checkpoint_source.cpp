@@ -7,34 +7,49 @@ namespace regroup {
 
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path) {
   CheckpointSource source{.directory = path};
-  // A step directory is looked at through its run, which knows how to verify it.
-  const std::string name = path.filename().string();
-  const bool is_step = name.starts_with("step-") && path.parent_path().filename() == "checkpoints";
-  const std::filesystem::path run = is_step ? path.parent_path().parent_path() : path;
-  const CheckpointStore store(world, run);
-  std::optional<index_t> step;
-  for (const index_t candidate : store.steps()) {
-    if (!is_step || store.path_of(candidate).filename() == path.filename()) step = candidate;
-  }
-  if (step) {
-    store.verify(*step);
-    source.directory = store.path_of(*step);
-    source.state = run_state_from_json(store.state(*step), (source.directory / "trainer.json").string());
-  } else {
-    world.run_together([&] {
-      if (!std::filesystem::exists(path)) throw UserError("there is no checkpoint {}", path.string());
-      if (!std::filesystem::exists(path / "config.json")) {
-        throw UserError(
-            "{} is neither a run with a complete checkpoint, nor a step directory, nor a model directory "
-            "with a config.json",
-            path.string());
-      }
-    });
-  }
+  const CheckpointStore store(world, path);
+  if (const std::optional<index_t> step = store.latest()) source.directory = store.path_of(*step);
   const std::filesystem::path config = source.directory / "config.json";
-  world.run_together(
-      [&] { source.config = model_config_from_json(read_text(config, 1 << 20), config.string()); });
+  const std::filesystem::path state = source.directory / "trainer.json";
+  bool has_state = false;
+  world.run_together([&] {
+    if (!std::filesystem::exists(path)) throw UserError("there is no checkpoint {}", path.string());
+    if (!std::filesystem::exists(config)) {
+      throw UserError(
+          "{} is neither a run with a complete checkpoint, nor a step directory, nor a model directory with "
+          "a "
+          "config.json",
+          path.string());
+    }
+    source.config = model_config_from_json(read_text(config, 1 << 20), config.string());
+    has_state = std::filesystem::exists(state);
+  });
+  if (has_state) {
+    const nlohmann::json json = step_state(world, source.directory);
+    world.run_together([&] { source.state = run_state_from_json(json, state.string()); });
+  }
   return source;
+}
+
+void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source) {
+  if (source.state) verify_step(world, source.directory);
+}
+
+void require_same_vocabulary(const CheckpointSource& source, const Corpus& corpus) {
+  if (source.config.vocab_size != corpus.vocab_size()) {
+    throw UserError(
+        "the model {} has a vocabulary of {}, the corpus {} one of {}: they were made with different "
+        "tokenizers",
+        source.directory.string(), source.config.vocab_size, corpus.folder().string(), corpus.vocab_size());
+  }
+  const std::filesystem::path tokenizer = source.directory / "tokenizer.model";
+  if (!std::filesystem::exists(tokenizer) ||
+      checksum_file(tokenizer) == corpus.manifest().tokenizer_checksum) {
+    return;
+  }
+  throw UserError(
+      "the corpus {} was tokenized with another vocabulary than {}: prepare it with --tokenizer {}",
+      corpus.folder().string(), source.directory.string(), tokenizer.string());
 }
 
 }  // namespace regroup

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "data/corpus.h"
 #include "parallel/process_group.h"
 #include "trainer/model/config.h"
 #include "trainer/run/run_state.h"
@@ -16,8 +17,16 @@ struct CheckpointSource {
   std::optional<RunState> state;  // of a checkpoint that this program wrote
 };
 
-// A run (its newest complete checkpoint), one of its step directories, or a directory in transformers'
-// layout. Collective. UserError saying what is missing; checkpoints of a run are verified.
+// A run (its newest complete checkpoint), one of its step directories, wherever it lies now, or a directory
+// in transformers' layout. Reads configuration and state only. Collective; UserError saying what is missing.
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path);
+
+// Compares every byte of a checkpoint of this program with its checksums, the ranks sharing the work. Others
+// carry none. Collective; UserError naming the first damaged file.
+void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);
+
+// UserError unless the corpus was tokenized with the model's vocabulary: of its size and, where the
+// checkpoint has its tokenizer.model with it, that very one.
+void require_same_vocabulary(const CheckpointSource& source, const Corpus& corpus);
 
 }  // namespace regroup

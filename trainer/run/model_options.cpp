@@ -18,6 +18,32 @@ index_t largest_divisor(index_t number, index_t most) {
 
 }  // namespace
 
+void inherit(Options& options, const nlohmann::json& identity) {
+  const auto take = [&]<class T>(const char* name, T& member) {
+    if (options.given.contains(name) || !identity.contains(name)) return;
+    member = identity.at(name).get<T>();
+    const std::string value = fmt::format("{}", member);
+    const auto known = std::find_if(options.resolved.begin(), options.resolved.end(),
+                                    [name](const auto& pair) { return pair.first == name; });
+    if (known == options.resolved.end()) {
+      options.resolved.emplace_back(name, value);
+    } else {
+      known->second = value;
+    }
+  };
+  take("inputs-length", options.inputs_length);
+  take("noise-density", options.noise_density);
+  take("mean-span", options.mean_span);
+  take("batch-size", options.batch_size);
+  take("optimizer", options.optimizer);
+  take("schedule", options.schedule);
+  take("warmup", options.warmup);
+  take("z-loss", options.z_loss);
+  double base = options.learning_rate.value_or(0);
+  take("learning-rate", base);
+  if (base > 0) options.learning_rate = base;
+}
+
 ModelConfig pretrained_config(const Options& options, index_t vocab_size) {
   ModelConfig config = t5_1_1(options.model);
   config.vocab_size = vocab_size;
@@ -40,6 +66,10 @@ ModelConfig uptrained_config(const Options& options, const ModelConfig& parent) 
         "--uptrain needs --kv-groups: how many key/value groups the {} heads become (the paper: 8 for T5 "
         "XXL; 1 is multi-query)",
         parent.num_heads);
+  }
+  for (const char* name : {"d-model", "d-kv", "d-ff", "heads", "layers", "decoder-layers"}) {
+    if (options.given.contains(name))
+      throw UserError("--{} says nothing with --uptrain: the model is the parent's", name);
   }
   ModelConfig config = parent;
   config.kv_groups = options.kv_groups.value_or(parent.kv_groups);
@@ -102,13 +132,6 @@ SampleOptions heldout_samples(const Options& options) {
   samples.seed = 0;
   samples.shuffle = false;
   return samples;
-}
-
-void require_same_vocabulary(const ModelConfig& config, const Corpus& corpus) {
-  if (config.vocab_size == corpus.vocab_size()) return;
-  throw UserError(
-      "the model has a vocabulary of {}, the corpus {} one of {}: they were made with different tokenizers",
-      config.vocab_size, corpus.folder().string(), corpus.vocab_size());
 }
 
 std::vector<ShardedTensor> sharded_parameters(const ParameterStore& store) {

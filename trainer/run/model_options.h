@@ -3,12 +3,19 @@
 
 #include <string>
 
+#include <nlohmann/json.hpp>
+
 #include "trainer/model/config.h"
 #include "trainer/optimizer/schedule.h"
 #include "trainer/options.h"
 #include "trainer/run/model_runner.h"
 
 namespace regroup {
+
+// Takes from `identity` (of a parent, or of the run being resumed) what was not given: lengths and corruption
+// of samples, batch size, optimizer, schedule with its base and warm-up, z-loss; for law 1 has it that a run
+// goes on as it was, and the paper that uptraining goes on as pretraining did. Updates `resolved` too.
+void inherit(Options& options, const nlohmann::json& identity);
 
 // The named size with everything that was set instead of it. UserError as validate().
 ModelConfig pretrained_config(const Options& options, index_t vocab_size);
@@ -32,9 +39,6 @@ ModelRunner::Options runner_options(const Options& options, const Samples& sampl
 // corpus is measured on the same samples.
 SampleOptions training_samples(const Options& options);
 SampleOptions heldout_samples(const Options& options);
-
-// UserError unless the corpus was tokenized with the model's vocabulary.
-void require_same_vocabulary(const ModelConfig& config, const Corpus& corpus);
 
 // The store's masters under their public names.
 std::vector<ShardedTensor> sharded_parameters(const ParameterStore& store);

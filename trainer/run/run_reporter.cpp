@@ -8,8 +8,7 @@ namespace regroup {
 
 RunReporter::RunReporter(const std::filesystem::path& run, std::optional<std::int64_t> resume_step,
                          std::int64_t progress_every)
-    : run_(run),
-      metrics_(run / "metrics.jsonl", resume_step),
+    : metrics_(run / "metrics.jsonl", resume_step),
       tensorboard_(run / "tensorboard", resume_step),
       progress_(stderr, {.terminal = ::isatty(::fileno(stderr)) != 0, .every = progress_every}) {}
 
@@ -30,9 +29,9 @@ void RunReporter::evaluation(const EvaluationMetrics& metrics) {
 
 void RunReporter::event(const EventMetrics& metrics) { metrics_.write(metrics); }
 
-void RunReporter::plot() const {
-  const MetricsHistory history = read_metrics(run_ / "metrics.jsonl");
-  LossPlot plot{.title = run_.filename().string()};
+void plot_run(const std::filesystem::path& run) {
+  const MetricsHistory history = read_metrics(run / "metrics.jsonl");
+  LossPlot plot{.title = run.filename().string()};
   PlotSeries training{.name = "training", .style = PlotStyle::kSmoothed};
   PlotSeries heldout{.name = "held-out", .style = PlotStyle::kMarkers};
   for (const StepMetrics& step : history.steps) {
@@ -46,7 +45,7 @@ void RunReporter::plot() const {
     }
   }
   plot.series = {training, heldout};
-  write_loss_plot(run_ / "loss.svg", plot);
+  write_loss_plot(run / "loss.svg", plot);
 }
 
 }  // namespace regroup

@@ -23,14 +23,14 @@ class RunReporter {
   void event(const EventMetrics& metrics);
   // Ends a progress line that is being rewritten in place, so that something else can be printed.
   void end_line() { progress_.end_line(); }
-  // Draws `run`/loss.svg from everything in metrics.jsonl.
-  void plot() const;
 
  private:
-  std::filesystem::path run_;
   MetricsFile metrics_;
   TensorBoard tensorboard_;
   Progress progress_;
 };
+
+// Draws `run`/loss.svg from everything in its metrics.jsonl.
+void plot_run(const std::filesystem::path& run);
 
 }  // namespace regroup

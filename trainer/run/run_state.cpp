@@ -48,13 +48,16 @@ RunState run_state_from_json(const nlohmann::json& json, const std::string& wher
   }
 }
 
-void require_same_identity(const nlohmann::ordered_json& saved, const nlohmann::ordered_json& asked,
+void require_same_identity(const nlohmann::json& saved, const nlohmann::json& asked,
                            const std::string& where) {
+  const nlohmann::json before = saved.flatten();
+  const nlohmann::json now = asked.flatten();
   std::vector<std::string> differences;
-  for (const auto& [name, value] : asked.items()) {
-    const auto before = saved.contains(name) ? saved.at(name) : nlohmann::ordered_json(nullptr);
-    if (before != value)
-      differences.push_back(fmt::format("{} was {}, now {}", name, before.dump(), value.dump()));
+  for (const auto& [pointer, value] : now.items()) {
+    if (before.contains(pointer) && before.at(pointer) == value) continue;
+    const std::string name = pointer.substr(pointer.rfind('/') + 1);
+    differences.push_back(fmt::format("{} was {}, now {}", name,
+                                      before.value(pointer, nlohmann::json(nullptr)).dump(), value.dump()));
   }
   if (differences.empty()) return;
   throw UserError("{} was made by another run: {}; give the old values to resume it, or another --run", where,

@@ -19,7 +19,7 @@ struct RunState {
   std::string parent;
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not
   // part of it.
-  nlohmann::ordered_json identity;
+  nlohmann::json identity = nlohmann::json::object();
 };
 
 nlohmann::json to_json(const RunState& state);
@@ -27,7 +27,7 @@ nlohmann::json to_json(const RunState& state);
 RunState run_state_from_json(const nlohmann::json& json, const std::string& where);
 
 // UserError naming every option that differs, with both values, and what to do.
-void require_same_identity(const nlohmann::ordered_json& saved, const nlohmann::ordered_json& asked,
+void require_same_identity(const nlohmann::json& saved, const nlohmann::json& asked,
                            const std::string& where);
 
 }  // namespace regroup

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/base/file.h"
 #include "kernels/base/log.h"
 #include "trainer/checkpoint/step_directory.h"
 #include "trainer/optimizer/optimizer.h"
@@ -31,27 +32,34 @@ class TrainingRun {
   // saved.
   int run();
 
+  // What was asked for, and what was inherited from the parent or the run being resumed.
+  const Options& options() const { return options_; }
+
  private:
-  void decide_start();
-  void decide_layout();
-  nlohmann::ordered_json identity() const;
+  bool uptraining() const { return options_.mode == Mode::kUptrain; }
+  bool resuming() const { return resumed_step_.has_value(); }
+  void find_start();
+  void decide();
+  nlohmann::json identity() const;
+  void evaluate_parent();
   void build();
   void load();
   void convert_parent();
+  void start();
   void train_step();
-  double held_out_loss(ModelRunner& runner);
-  void evaluate(std::string name);
+  void update(const LossSums& sums, double began, double waited);
+  LossSums held_out(ModelRunner& runner);
+  void evaluate();
   void save();
-  bool uptraining() const { return options_.mode == Mode::kUptrain; }
-  index_t steps_done() const { return state_.step - state_.first_step; }
+  int stop();
 
-  const Options& options_;
+  Options options_;  // with what was inherited
   const ProcessGroup& world_;
   const Log& log_;
   SignalWatch signals_;
   CheckpointStore checkpoints_;
-  std::optional<index_t> resumed_;          // step of the checkpoint that is continued
-  std::optional<CheckpointSource> parent_;  // of a fresh uptraining
+  std::optional<index_t> resumed_step_;     // of the checkpoint that is continued
+  std::optional<CheckpointSource> source_;  // that checkpoint, or the parent of a fresh uptraining
   RunState state_;
   ModelConfig config_;
   index_t total_steps_ = 0;
@@ -61,12 +69,13 @@ class TrainingRun {
 
   std::optional<Corpus> corpus_;
   std::optional<Samples> training_, heldout_;
+  std::unique_ptr<FileLock> lock_;  // of the run directory; rank 0
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<ModelRunner> runner_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<BatchStream> batches_;
-  std::unique_ptr<RunReporter> reporter_;
+  std::unique_ptr<RunReporter> reporter_;  // rank 0
   std::vector<Batch> micro_batches_;
   double flops_per_step_ = 0, peak_flops_ = 0;  // of all ranks
   bool stop_requested_ = false;
