@@ -157,6 +157,7 @@ std::vector<TextSource> find_text(const std::vector<std::filesystem::path>& inpu
   }
   if (sources.empty()) {
     std::vector<std::string> names;
+    names.reserve(inputs.size());
     for (const auto& input : inputs) names.push_back(input.string());
     throw UserError("there is no text (.txt, .rst, .md, .jsonl, .json, .gz of these) under [{}]",
                     fmt::join(names, ", "));

@@ -110,7 +110,7 @@ class MpiCommunicator final : public Communicator {
   template <class Combine>
   void combine(std::span<bfloat16> mine, Combine&& combine_two) const {
     constexpr std::size_t kBlock = 1024;
-    std::array<float, kBlock> total;
+    std::array<float, kBlock> total{};
     for (std::size_t begin = 0; begin < mine.size(); begin += kBlock) {
       const std::size_t count = std::min(kBlock, mine.size() - begin);
       for (std::size_t r = 0; r < static_cast<std::size_t>(size()); ++r) {

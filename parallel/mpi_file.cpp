@@ -112,12 +112,14 @@ struct View {
 
   static std::vector<int> lengths_of(const std::vector<Piece>& pieces) {
     std::vector<int> lengths;
+    lengths.reserve(pieces.size());
     for (const Piece& piece : pieces) lengths.push_back(static_cast<int>(piece.bytes));
     return lengths;
   }
   template <class Position>
   static std::vector<MPI_Aint> displacements_of(const std::vector<Piece>& pieces, Position&& position) {
     std::vector<MPI_Aint> displacements;
+    displacements.reserve(pieces.size());
     for (const Piece& piece : pieces) displacements.push_back(position(piece));
     return displacements;
   }

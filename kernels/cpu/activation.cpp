@@ -33,13 +33,13 @@ void for_each_piece(int threads, index_t rows, index_t columns, const Dropout& d
 // The loop `for i < size: body(i, factor)`, once with dropout and once, cheaper, without.
 template <class S, class Body>
 inline void with_factors(const S* factors, index_t size, Body&& body) {
-  if (factors != nullptr) {
-#pragma omp simd
-    for (index_t i = 0; i < size; ++i) body(i, factors[i]);
-  } else {
+  if (factors == nullptr) {
 #pragma omp simd
     for (index_t i = 0; i < size; ++i) body(i, S{1});
+    return;
   }
+#pragma omp simd
+  for (index_t i = 0; i < size; ++i) body(i, factors[i]);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -16,12 +17,18 @@
 
 namespace regroup::attention {
 
-// The widest register of the processor compiled for: 64 bytes with AVX-512, 32 with AVX, else 16.
-inline constexpr int kVectorBytes = __BIGGEST_ALIGNMENT__ < 64 ? __BIGGEST_ALIGNMENT__ : 64;
+// The widest register of the processor compiled for.
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
 
 template <class S>
 struct VectorOf {
-  typedef S type __attribute__((vector_size(kVectorBytes)));
+  using type [[gnu::vector_size(kVectorBytes)]] = S;
 };
 // A register of S, with the arithmetic of GCC's vector extension.
 template <class S>
@@ -86,7 +93,7 @@ inline void multiply_add(Vector<float>& sum, std::uint32_t a, const Vector<std::
 }
 
 // Sixteen-bit halves of a register's lanes.
-typedef std::uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+using HalfVector [[gnu::vector_size(kVectorBytes / 2)]] = std::uint16_t;
 
 // y[l] = x[l] in T, of one register of x.
 template <class T>
@@ -138,23 +145,23 @@ inline void interleave(const T* first, const T* second, index_t count, Unit<T>* 
   }
 }
 
+// Swaps the lanes l of a with bit Distance and the lanes l - Distance of b.
+template <int Distance, class V, int... L>
+inline void exchange(V& a, V& b, std::integer_sequence<int, L...>) {
+  constexpr int kCount = sizeof...(L);
+  const V upper = __builtin_shufflevector(a, b, (L & Distance ? kCount + L - Distance : L)...);
+  b = __builtin_shufflevector(a, b, (L & Distance ? kCount + L : L + Distance)...);
+  a = upper;
+}
+
 // rows[i][l] <-> rows[l][i]: swaps ever smaller off-diagonal blocks.
 template <class U, int Distance = kVectorBytes / sizeof(U) / 2>
 inline void transpose(Vector<U>* rows) {
   constexpr int kCount = kVectorBytes / sizeof(U);
-  using Index = std::conditional_t<sizeof(U) == 8, std::int64_t, std::int32_t>;
-  Vector<Index> upper{}, lower{};
-#pragma GCC unroll 16
-  for (int l = 0; l < kCount; ++l) {
-    upper[l] = l & Distance ? kCount + l - Distance : l;
-    lower[l] = l & Distance ? kCount + l : l + Distance;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
     if (i & Distance) continue;
-    const Vector<U> a = rows[i], b = rows[i + Distance];
-    rows[i] = __builtin_shuffle(a, b, upper);
-    rows[i + Distance] = __builtin_shuffle(a, b, lower);
+    exchange<Distance>(rows[i], rows[i + Distance], std::make_integer_sequence<int, kCount>{});
   }
   if constexpr (Distance > 1) transpose<U, Distance / 2>(rows);
 }

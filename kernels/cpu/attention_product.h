@@ -49,9 +49,9 @@ struct Rows {
 // c = start + a b for one block; c = a b where `start` has no data. Not inlined: among other code g++ 12 runs
 // out of registers and loads b anew for every row.
 template <class T, int Vectors>
-[[gnu::noinline, gnu::noclone]] void block_product(const Unit<T>* a, index_t a_row, index_t a_step,
-                                                   const Unit<T>* b, index_t b_step, index_t depth,
-                                                   Rows<const stat_t<T>> start, Rows<stat_t<T>> c) {
+[[gnu::noinline]] void block_product(const Unit<T>* a, index_t a_row, index_t a_step, const Unit<T>* b,
+                                     index_t b_step, index_t depth, Rows<const stat_t<T>> start,
+                                     Rows<stat_t<T>> c) {
   using S = stat_t<T>;
   constexpr index_t kWidth = kLanes<S>;
   Vector<S> sum[kRows][Vectors];

@@ -15,6 +15,8 @@ class CpuBackend final : public Backend {
   // `threads` for every op; 0: OMP_NUM_THREADS, or all cores this process may run on.
   explicit CpuBackend(int threads = 0);
   ~CpuBackend() override;
+  CpuBackend(const CpuBackend&) = delete;
+  CpuBackend& operator=(const CpuBackend&) = delete;
 
   Buffer allocate(index_t bytes) override;
   void copy_from_host(const void* host, Tensor tensor) override;

@@ -50,8 +50,7 @@ class DropoutMask {
 #pragma omp simd
     for (index_t i = 0; i < (count + kVector - 1) / kVector * kVector; ++i) {
       const std::uint64_t position = counter + static_cast<std::uint64_t>(i);
-      std::uint32_t c0 = static_cast<std::uint32_t>(position),
-                    c1 = static_cast<std::uint32_t>(position >> 32);
+      auto c0 = static_cast<std::uint32_t>(position), c1 = static_cast<std::uint32_t>(position >> 32);
       std::uint32_t c2 = 0, c3 = 0, k0 = key_low, k1 = key_high;
 #pragma GCC unroll 10
       for (int round = 0; round < 10; ++round) {

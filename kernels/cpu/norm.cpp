@@ -32,20 +32,20 @@ stat_t<T> weighted_dot(const T* w, const T* dy, const T* x, index_t size) {
 template <class T, class S = stat_t<T>>
 void row_backward(const T* dy, const T* x, const T* w, S r, const T* residual, T* dx, S* dw, index_t size) {
   const S slope = r * r * weighted_dot(w, dy, x, size) / static_cast<S>(size);
-  if (residual != nullptr) {
-#pragma omp simd
-    for (index_t d = 0; d < size; ++d) {
-      const S g = static_cast<S>(dy[d]), v = static_cast<S>(x[d]);
-      dw[d] += g * v * r;
-      store(dx[d], static_cast<S>(residual[d]) + r * (static_cast<S>(w[d]) * g - v * slope));
-    }
-  } else {
+  if (residual == nullptr) {
 #pragma omp simd
     for (index_t d = 0; d < size; ++d) {
       const S g = static_cast<S>(dy[d]), v = static_cast<S>(x[d]);
       dw[d] += g * v * r;
       store(dx[d], r * (static_cast<S>(w[d]) * g - v * slope));
     }
+    return;
+  }
+#pragma omp simd
+  for (index_t d = 0; d < size; ++d) {
+    const S g = static_cast<S>(dy[d]), v = static_cast<S>(x[d]);
+    dw[d] += g * v * r;
+    store(dx[d], static_cast<S>(residual[d]) + r * (static_cast<S>(w[d]) * g - v * slope));
   }
 }
 

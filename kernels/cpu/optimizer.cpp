@@ -102,7 +102,7 @@ Pair sums_of_squares(int threads, const S* w, const S* g, index_t size) {
 template <class S>
 Pair factored_statistics(int threads, const AdafactorSlot& slot, double epsilon, double* partial_columns) {
   const S *const w = slot.weight.as<S>(), *const g = slot.gradient.as<S>();
-  double *const row_sums = slot.row_sums.as<double>(), *const column_sums = slot.column_sums.as<double>();
+  auto *const row_sums = slot.row_sums.as<double>(), *const column_sums = slot.column_sums.as<double>();
   const index_t rows = slot.weight[0], columns = slot.weight[1];
   const index_t block = rows_per_block(rows, columns);
   const Pair totals = sum_blocks(threads, rows, block, [=](index_t begin, index_t end, Pair& partial) {
@@ -142,7 +142,7 @@ void factored_moments(int threads, const AdafactorSlot& slot, double beta2, S* i
   const S* const g = slot.gradient.as<S>();
   S *const row = slot.row.as<S>(), *const column = slot.column.as<S>();
   const index_t rows = slot.weight[0], columns = slot.weight[1];
-  double* const totals = slot.totals.as<double>();
+  auto* const totals = slot.totals.as<double>();
   totals[3] =
       decay_towards(row, slot.row_sums.as<double>(), rows, static_cast<double>(slot.global_columns), beta2);
   decay_towards(column, slot.column_sums.as<double>(), columns, static_cast<double>(slot.global_rows), beta2);
@@ -164,7 +164,7 @@ void full_moments(int threads, const AdafactorSlot& slot, const AdafactorOptions
   const S beta2 = static_cast<S>(options.beta2), rest = static_cast<S>(1 - options.beta2);
   const S epsilon = static_cast<S>(options.epsilon_gradient);
   const index_t size = slot.weight.numel();
-  double* const totals = slot.totals.as<double>();
+  auto* const totals = slot.totals.as<double>();
   const auto sum = [=](index_t begin, index_t end, Pair& partial) {
     partial.first += decay_squares(v + begin, g + begin, beta2, rest, epsilon, end - begin);
   };
@@ -265,8 +265,8 @@ void CpuBackend::do_adafactor_moments(std::span<const AdafactorSlot> slots, cons
 
 void CpuBackend::do_adafactor_update(std::span<const AdafactorSlot> slots, const AdafactorOptions& options) {
   for (const AdafactorSlot& slot : slots) {
-    const double* const totals = slot.totals.as<double>();
-    const double rows = static_cast<double>(slot.global_rows);
+    const auto* const totals = slot.totals.as<double>();
+    const auto rows = static_cast<double>(slot.global_rows);
     const double size = rows * static_cast<double>(slot.global_columns);
     const double mean_row = slot.second_moment ? 1.0 : totals[3] / rows;
     const double rms_update = std::sqrt(mean_row * totals[2] / size);
