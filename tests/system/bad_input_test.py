@@ -184,13 +184,14 @@ class CorpusTest(BadInputTest):
                 self.edit_manifest(edit)
                 self.refuse(self.command, r"manifest\.json")
 
-    # A run has begun when it meets such a token: what it began with stays, but no checkpoint.
+    # What --verify-corpus=off lets through. A run has begun when it meets such a token: what it began with stays, but no checkpoint.
     def refuse_tokens(self, edit):
         shard = self.damaged / "tokens-00000.bin"
         tokens = bytearray(shard.read_bytes())
         edit(tokens)
         shard.write_bytes(tokens)
-        outcome = harness.run(self.command, seconds=harness.SECONDS_TO_FAIL)
+        command = changed(self.command, "--verify-corpus", "off")
+        outcome = harness.run(command, seconds=harness.SECONDS_TO_FAIL)
         self.assert_refused(outcome, r"tokens-00000\.bin holds the token \d+, .*damaged, prepare it again")
         self.assertEqual(harness.unfinished(self.folder / "run"), [])
 
@@ -200,6 +201,13 @@ class CorpusTest(BadInputTest):
 
         self.command = changed(self.command, "--steps", 200)
         self.refuse_tokens(flip)
+
+    def test_flipped_bit_that_makes_another_token(self):
+        shard = self.damaged / "tokens-00000.bin"
+        tokens = bytearray(shard.read_bytes())
+        tokens[len(tokens) // 2 & ~1] ^= 1
+        shard.write_bytes(tokens)
+        self.refuse(self.command, r"tokens-00000\.bin has checksum .*damaged, prepare it again")
 
     def test_tokens_of_another_vocabulary(self):
         def flip(tokens):

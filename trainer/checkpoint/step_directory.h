@@ -86,7 +86,10 @@ class CheckpointStore {
 // with it. Collective; the same UserError on every rank. CheckpointStore's members of the same name are
 // these.
 nlohmann::json step_state(const ProcessGroup& group, const std::filesystem::path& directory);
-void verify_step(const ProcessGroup& group, const std::filesystem::path& directory);
+// kSmall: every file's size, and the bytes of all but the tensors.
+enum class Verification { kSmall, kAll };
+void verify_step(const ProcessGroup& group, const std::filesystem::path& directory,
+                 Verification extent = Verification::kAll);
 
 // XXH3 of the XXH3s (little-endian) of the file's 4 MiB blocks, of several files at once. Collective: blocks
 // are dealt to the ranks in turn; every rank gets all the results.

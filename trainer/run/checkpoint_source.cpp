@@ -1,7 +1,9 @@
 #include "trainer/run/checkpoint_source.h"
 
 #include "kernels/base/file.h"
+#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/step_directory.h"
+#include "trainer/model/parameters.h"
 
 namespace regroup {
 
@@ -11,23 +13,28 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
   if (const std::optional<index_t> step = store.latest()) source.directory = store.path_of(*step);
   const std::filesystem::path config = source.directory / "config.json";
   const std::filesystem::path state = source.directory / "trainer.json";
-  bool has_state = false;
+  bool is_step = false;
   world.run_together([&] {
     if (!std::filesystem::exists(path)) throw UserError("there is no checkpoint {}", path.string());
-    if (!std::filesystem::exists(config)) {
+    // Ours also where trainer.json is lost: optimizer state tells.
+    is_step = std::filesystem::exists(state) || CheckpointReader::exists(source.directory, "optimizer");
+    if (!is_step && !std::filesystem::exists(config)) {
       throw UserError(
           "{} is neither a run with a complete checkpoint, nor a step directory, nor a model directory with "
           "a "
           "config.json",
           path.string());
     }
-    source.config = model_config_from_json(read_text(config, 1 << 20), config.string());
-    has_state = std::filesystem::exists(state);
   });
-  if (has_state) {
+  if (is_step) {
+    verify_step(world, source.directory, Verification::kSmall);
     const nlohmann::json json = step_state(world, source.directory);
     world.run_together([&] { source.state = run_state_from_json(json, state.string()); });
   }
+  world.run_together([&] {
+    source.config = model_config_from_json(read_text(config, 1 << 20), config.string());
+    CheckpointReader(source.directory).require(parameter_table(source.config));
+  });
   return source;
 }
 

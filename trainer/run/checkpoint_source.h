@@ -18,7 +18,8 @@ struct CheckpointSource {
 };
 
 // A run (its newest complete checkpoint), one of its step directories, wherever it lies now, or a directory
-// in transformers' layout. Reads configuration and state only. Collective; UserError saying what is missing.
+// in transformers' layout. Reads configuration, state and the tensors' table only. Collective; UserError
+// saying what is missing, damaged or misshaped.
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path);
 
 // Compares every byte of a checkpoint of this program with its checksums, the ranks sharing the work. Others

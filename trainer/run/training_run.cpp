@@ -35,6 +35,10 @@ TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, cons
   if (options_.verify_corpus) {
     world_.run_together([&] { corpus_->verify(world_.rank(), world_.size()); });
   }
+  if (source_ && !source_->state) {
+    log_.info("{} does not say how long it was trained: parent-steps = {} is assumed", state_.parent,
+              options_.parent_steps);
+  }
 }
 
 void TrainingRun::find_start() {
@@ -51,10 +55,6 @@ void TrainingRun::find_start() {
   state_.step = state_.first_step;
   state_.samples = source_->state ? source_->state->samples : 0;
   state_.parent = source_->directory.string();
-  if (!source_->state) {
-    log_.info("{} does not say how long it was trained: --parent-steps {} is assumed", state_.parent,
-              options_.parent_steps);
-  }
 }
 
 // What the run is, from options and where it starts; refuses what cannot work. The same on every rank.
@@ -293,8 +293,10 @@ void TrainingRun::start() {
     convert_parent();
   } else {
     runner_->parameters().initialise(options_.seed);
-    const double unigram =
-        unigram_loss(*training_, *heldout_, options_.evaluation_samples * 8, config_.vocab_size);
+    double unigram = 0;
+    world_.run_together([&] {
+      unigram = unigram_loss(*training_, *heldout_, options_.evaluation_samples * 8, config_.vocab_size);
+    });
     if (reporter_) reporter_->evaluation({.step = 0, .name = "unigram", .loss = unigram});
     log_.info("held-out loss of token frequencies alone: {:.4f}", unigram);
   }
