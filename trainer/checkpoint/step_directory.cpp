@@ -86,7 +86,7 @@ bool lists_files(const nlohmann::json& state) {
 nlohmann::json parse_state(const std::filesystem::path& file) {
   constexpr std::uint64_t kLimit = std::uint64_t{1} << 26;
   const std::string text = read_text(file, kLimit);
-  const auto state = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  auto state = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   const bool intact = state.is_object() && lists_files(state) && state.contains("checksum") &&
                       state["checksum"] == own_checksum(state) && text == text_of(state);
   if (!intact) {
@@ -122,6 +122,7 @@ std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
                                           const std::vector<std::filesystem::path>& files) {
   const std::vector<std::uint64_t> sizes = ask_root(group, [&] {
     std::vector<std::uint64_t> found;
+    found.reserve(files.size());
     for (const auto& file : files) found.push_back(InputFile(file).size());
     return found;
   });
@@ -158,7 +159,7 @@ PendingStep::PendingStep(ProcessGroup group, std::filesystem::path path, std::fi
     : group_(std::move(group)), path_(std::move(path)), final_path_(std::move(final_path)) {}
 
 PendingStep::PendingStep(PendingStep&& other) noexcept
-    : group_(other.group_),
+    : group_(std::move(other.group_)),
       path_(std::exchange(other.path_, {})),
       final_path_(std::move(other.final_path_)) {}
 
@@ -188,6 +189,7 @@ void PendingStep::commit(nlohmann::json state) {
   group_.barrier();
   const std::vector<std::string> names = ask_root(group_, [&] { return names_in(path_); });
   std::vector<std::filesystem::path> files;
+  files.reserve(names.size());
   for (const std::string& name : names) files.push_back(path_ / name);
   const auto checksums = tree_checksums(group_, files);
   group_.run_on(0, [&] {

@@ -81,6 +81,7 @@ std::string to_string(Pooling pooling) {
 
 std::vector<std::string> pooling_names() {
   std::vector<std::string> names;
+  names.reserve(std::size(kPoolings));
   for (const auto& [text, value] : kPoolings) names.emplace_back(text);
   return names;
 }
@@ -93,8 +94,8 @@ void pool_heads(const Tensor& source, const Tensor& out, index_t heads_per_group
             source[0] == out[0] * heads_per_group && source[1] == out[1],
         "{} cannot be pooled into {} with {} heads of {} a group", source.describe(), out.describe(),
         heads_per_group, d_kv);
-  const float* from = source.as<float>();
-  float* to = out.as<float>();
+  const auto* from = source.as<float>();
+  auto* to = out.as<float>();
   const index_t head = d_kv * source[1];
   const index_t groups = out[0] / d_kv;
   const index_t pooled = pooling == Pooling::kFirst ? 1 : heads_per_group;
@@ -112,7 +113,7 @@ void draw_heads(const Tensor& out, const std::string& name, index_t row_begin, d
                 std::uint64_t seed) {
   check(out.rank == 2 && out.is_contiguous(), "heads are drawn into {}", out.describe());
   const Philox philox(seed, RandomPurpose::kHeadChoice, key_of(name));
-  float* to = out.as<float>();
+  auto* to = out.as<float>();
   for (index_t i = 0; i < out.numel(); ++i) {
     to[i] = static_cast<float>(scale * philox.normal(static_cast<std::uint64_t>(row_begin * out[1] + i)));
   }
