@@ -20,7 +20,7 @@ class DecoderLayer {
   };
   // What every layer is given. Padding at the end of the targets needs no mask: no real target sees it.
   struct Context {
-    index_t batch;
+    index_t batch = 0;
     Tensor memory;           // T [B S, D], the encoder's output
     Tensor memory_mask;      // int32 [B, S]
     Tensor memory_gradient;  // S [B S, D], summed over layers; empty outside training

@@ -18,7 +18,7 @@ class EncoderLayer {
   };
   // What every layer is given: batch size, int32 [B, S] token ids (0: not attended), the shared bias.
   struct Context {
-    index_t batch;
+    index_t batch = 0;
     Tensor key_mask;
     PositionBias position;
   };
