@@ -36,7 +36,8 @@ PART_SEES = {
     "checkpoint": {"checkpoint", "model contracts"},
     "conversion": {"conversion", "checkpoint", "model contracts"},
     "run": {"run", "model", "optimizer", "checkpoint", "conversion", "options"},
-    "options": {"options", "model contracts", "quickstart_config"},
+    "option_table": {"option_table", "options", "model contracts"},
+    "options": {"options", "option_table", "model contracts", "quickstart_config"},
     "commands": {"commands", "version", "run", "model", "optimizer", "checkpoint", "conversion", "options"},
     "main": {"commands", "run", "model", "optimizer", "checkpoint", "conversion", "options"},
 }
