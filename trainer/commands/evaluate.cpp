@@ -4,7 +4,6 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "trainer/commands/commands.h"
-#include "trainer/conversion/regroup.h"
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/evaluation.h"
 #include "trainer/run/model_options.h"
@@ -32,11 +31,7 @@ int evaluate_command(const Options& asked, const ProcessGroup& world, const Log&
   const Mesh mesh(world, layout, {config.kv_groups, config.encoder_kv_groups});
   const index_t micro_batch = evaluation_micro_batch(options);
   ModelRunner runner(backend, mesh, config, runner_options(options, *samples, micro_batch, /*train=*/false));
-  world.run_together([&] {
-    load_converted(CheckpointReader(source.directory), config, config,
-                   sharded_parameters(runner.parameters()));
-  });
-  runner.parameters().refresh_weights();
+  load_weights(world, source, runner.parameters());
   const LossSums sums = evaluate(runner, mesh, *samples, options.evaluation_samples, micro_batch);
   log.info("{}: {} of {} key/value groups, {} data-parallel x {} tensor-parallel ranks",
            source.directory.string(), config.kv_groups, config.num_heads, layout.data_parallel,

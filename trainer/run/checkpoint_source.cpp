@@ -3,7 +3,7 @@
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/step_directory.h"
-#include "trainer/model/parameters.h"
+#include "trainer/run/model_options.h"
 
 namespace regroup {
 
@@ -40,6 +40,15 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
 
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source) {
   if (source.state) verify_step(world, source.directory);
+}
+
+void load_weights(const ProcessGroup& world, const CheckpointSource& source, ParameterStore& store,
+                  const ConversionOptions& options) {
+  world.run_together([&] {
+    load_converted(CheckpointReader(source.directory), source.config, store.config(),
+                   sharded_parameters(store), options);
+  });
+  store.refresh_weights();
 }
 
 void require_same_vocabulary(const CheckpointSource& source, const Corpus& corpus) {

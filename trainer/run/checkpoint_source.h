@@ -6,7 +6,9 @@
 
 #include "data/corpus.h"
 #include "parallel/process_group.h"
+#include "trainer/conversion/regroup.h"
 #include "trainer/model/config.h"
+#include "trainer/model/parameter_store.h"
 #include "trainer/run/run_state.h"
 
 namespace regroup {
@@ -25,6 +27,11 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
 // Compares every byte of a checkpoint of this program with its checksums, the ranks sharing the work. Others
 // carry none. Collective; UserError naming the first damaged file.
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);
+
+// Fills the store's masters and weights from the checkpoint: this rank's slices, converted where the store's
+// model has fewer key/value groups. Collective; UserErrors as load_converted().
+void load_weights(const ProcessGroup& world, const CheckpointSource& source, ParameterStore& store,
+                  const ConversionOptions& options = {});
 
 // UserError unless the corpus was tokenized with the model's vocabulary: of its size and, where the
 // checkpoint has its tokenizer.model with it, that very one.

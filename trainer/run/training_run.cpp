@@ -114,11 +114,7 @@ nlohmann::json TrainingRun::identity() const {
 void TrainingRun::evaluate_parent() {
   ModelRunner parent(*backend_, *mesh_, source_->config,
                      runner_options(options_, *training_, micro_batch_, /*train=*/false));
-  world_.run_together([&] {
-    load_converted(CheckpointReader(source_->directory), source_->config, source_->config,
-                   sharded_parameters(parent.parameters()));
-  });
-  parent.parameters().refresh_weights();
+  load_weights(world_, *source_, parent.parameters());
   state_.parent_loss = held_out(parent).mean();
 }
 
@@ -160,12 +156,8 @@ void TrainingRun::load() {
 }
 
 void TrainingRun::convert_parent() {
-  world_.run_together([&] {
-    load_converted(CheckpointReader(source_->directory), source_->config, config_,
-                   sharded_parameters(runner_->parameters()),
-                   {.pooling = pooling_from_string(options_.pooling), .seed = options_.seed});
-  });
-  runner_->parameters().refresh_weights();
+  load_weights(world_, *source_, runner_->parameters(),
+               {.pooling = pooling_from_string(options_.pooling), .seed = options_.seed});
   state_.converted_loss = held_out(*runner_).mean();
   if (reporter_) {
     reporter_->evaluation({.step = state_.step, .name = "parent", .loss = state_.parent_loss});
