@@ -98,13 +98,19 @@ class Backend {
   virtual ~Backend() = default;
 
   // ---- memory
-  // ------------------------------------------------------------------------------------------------- Zeroed
-  // memory of the device, aligned to 64 bytes. SystemError where there is not enough.
+  // Zeroed memory of the device, aligned to 64 bytes. SystemError where there is not enough.
   virtual Buffer allocate(index_t bytes) = 0;
-  // Between host memory and the device, complete on return. Dense tensors; `host` has at least
-  // tensor.bytes().
+  // Memory of the host that copies to and from the device are fastest with, aligned to 64 bytes.
+  virtual Buffer allocate_host(index_t bytes) { return allocate(bytes); }
+  // Between host memory and the device, in the order of the ops. Dense tensors; `host` has at least
+  // tensor.bytes(). On return of copy_from_host() `host` may be written again; on return of copy_to_host() it
+  // holds the tensor.
   virtual void copy_from_host(const void* host, Tensor tensor) = 0;
   virtual void copy_to_host(Tensor tensor, void* host) = 0;
+  // Whether the host may read and write tensors of this device itself.
+  virtual bool host_accessible() const { return true; }
+  // The device in words, for the log.
+  virtual std::string describe() const = 0;
   // Waits until everything issued has been done.
   virtual void synchronize() = 0;
 
@@ -115,13 +121,13 @@ class Backend {
   void scale(Tensor x, double factor);     // x *= factor
 
   // ---- matrix product
-  // ----------------------------------------------------------------------------------------- c = op(a) op(b)
+  // c = op(a) op(b)
   // (+ c): op(a) [M, K], op(b) [K, N], c [M, N]; rows may be strided. a and b of one type T; c of type T or
   // S(T). Accumulates in S.
   void matmul(Tensor a, Tensor b, Tensor c, MatmulOptions options = {});
 
   // ---- RMSNorm (Zhang and Sennrich 2019; T5 layer_norm: no mean, no bias)
-  // --------------------------------------- r = (mean_d(x^2) + epsilon)^-1/2; y = w x r.  x, y T [N, D]; w T
+  // r = (mean_d(x^2) + epsilon)^-1/2; y = w x r.  x, y T [N, D]; w T
   // [D]; inverse_rms S [N] is for backward.
   void rms_norm(Tensor x, Tensor weight, Tensor y, Tensor inverse_rms, double epsilon);
   // dx = residual_gradient + r (w dy - x r^2 mean_d(w dy x));  dw += sum_n dy x r.
@@ -130,28 +136,28 @@ class Backend {
                          Tensor dx, Tensor dw /* += */);
 
   // ---- gated GELU (Shazeer 2020, T5 1.1)
-  // ------------------------------------------------------------------------ y = dropout(gelu(x[:, :F]) *
+  // y = dropout(gelu(x[:, :F]) *
   // x[:, F:]), gelu the tanh form. x T [N, 2F], y T [N, F].
   void gated_gelu(Tensor x, Tensor y, const Dropout& dropout);
   // dx T [N, 2F] from dy T [N, F] and the x of forward.
   void gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout);
 
   // ---- residual and dropout
-  // ------------------------------------------------------------------------------------- y = residual +
+  // y = residual +
   // dropout(x); residual may be empty (0). All T [N, D]; y may be residual or x.
   void dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout);
   // dx = dropout mask * dy / (1 - rate); dx may be dy.
   void dropout_backward(Tensor dy, Tensor dx, const Dropout& dropout);
 
   // ---- embedding
-  // ------------------------------------------------------------------------------------------------ y[n] =
+  // y[n] =
   // table[ids[n] - first_id] where that row is in this rank's table, else 0. ids int32 [N]; table T [V, D].
   void embedding(Tensor ids, Tensor table, index_t first_id, Tensor y);
   // dtable[ids[n] - first_id] += dy[n], in the order of n whatever the number of threads. dtable S [V, D].
   void embedding_backward(Tensor ids, Tensor dy, index_t first_id, Tensor dtable /* += */);
 
   // ---- relative position bias (T5)
-  // -------------------------------------------------------------------------------- bias[h, k - q + Q - 1] =
+  // bias[h, k - q + Q - 1] =
   // table[bucket(k - q), h]. table T [buckets, H]; bias S [H, Q + K - 1]. bucket(): references T5
   // _relative_position_bucket.
   void relative_bias(Tensor table, index_t queries, Tensor bias, const RelativeBiasOptions& options);
@@ -160,7 +166,7 @@ class Backend {
                               const RelativeBiasOptions& options);
 
   // ---- grouped-query attention (Ainslie et al. 2023)
-  // ---------------------------------------------------------------- For query head h and its group g = h /
+  // For query head h and its group g = h /
   // (H / G):  s_ij = q_i . k_j + bias[h, j - i + Q - 1], no 1/sqrt(C); s_ij = -inf where key_mask[b, j] == 0
   // or (causal and j > i);  p = softmax_j(s);  out_i = sum_j dropout(p)_ij v_j. A query that sees no key
   // gives 0. q, out T [B, Q, H, C]; k, v T [B, K, G, C] (each [.., heads, C] row may be a part of a wider
@@ -176,7 +182,7 @@ class Backend {
                           const AttentionOptions& options);
 
   // ---- cross-entropy over a vocabulary split by columns
-  // ---------------------------------------------------------- Three local pieces; between them the caller
+  // Three local pieces; between them the caller
   // reduces over the ranks that share the vocabulary. row_max[n] = max_v logits[n, v]. logits S [N, V];
   // row_max S [N].
   void cross_entropy_max(Tensor logits, Tensor row_max);
@@ -194,7 +200,6 @@ class Backend {
                               Tensor dlogits, const CrossEntropyOptions& options);
 
   // ---- optimizer
-  // --------------------------------------------------------------------------------------------------
   // Adafactor (Shazeer and Stern 2018) as T5X has it, in three passes with the caller's sums over ranks in
   // between.
   // 1. totals[0] = sum w^2, totals[1] = sum g^2; factored: row_sums = sum_c (g^2 + e1), column_sums = sum_r

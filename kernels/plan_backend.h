@@ -14,6 +14,7 @@ class PlanBackend final : public Backend {
   void copy_from_host(const void*, Tensor) override {}
   void copy_to_host(Tensor, void*) override {}
   void synchronize() override {}
+  std::string describe() const override { return "a memory plan"; }
 
   index_t allocated() const { return allocated_; }  // bytes, so far
 

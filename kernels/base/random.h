@@ -19,7 +19,7 @@ enum class RandomPurpose : std::uint32_t {
 };
 
 // Philox4x32-10 (Salmon et al., SC 2011): 128-bit counter and 64-bit key to four independent 32-bit words.
-// Trivially copyable, so that it can travel into kernels.
+// Trivially copyable and drawn from by a constexpr function, so that it works in kernels too.
 class Philox {
  public:
   Philox() = default;
@@ -27,7 +27,7 @@ class Philox {
   Philox(std::uint64_t seed, RandomPurpose purpose, std::uint64_t subkey = 0);
 
   // The four words at the 128-bit counter (high, low).
-  std::array<std::uint32_t, 4> operator()(std::uint64_t low, std::uint64_t high = 0) const {
+  constexpr std::array<std::uint32_t, 4> operator()(std::uint64_t low, std::uint64_t high = 0) const {
     std::array<std::uint32_t, 4> c = {static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
                                       static_cast<std::uint32_t>(high),
                                       static_cast<std::uint32_t>(high >> 32)};

@@ -59,6 +59,8 @@ std::byte* CpuBackend::workspace(index_t bytes) {
   return static_cast<std::byte*>(workspace_.data());
 }
 
+std::string CpuBackend::describe() const { return fmt::format("CPU, {} threads", threads_); }
+
 void CpuBackend::copy_from_host(const void* host, Tensor tensor) {
   check(tensor.is_contiguous(), "copy_from_host: {} has gaps between its rows", tensor.describe());
   if (tensor.bytes() > 0) std::memcpy(tensor.data, host, static_cast<std::size_t>(tensor.bytes()));

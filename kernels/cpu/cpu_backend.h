@@ -22,6 +22,7 @@ class CpuBackend final : public Backend {
   void copy_from_host(const void* host, Tensor tensor) override;
   void copy_to_host(Tensor tensor, void* host) override;
   void synchronize() override {}
+  std::string describe() const override;
 
   int threads() const { return threads_; }
 

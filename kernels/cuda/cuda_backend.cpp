@@ -1,0 +1,42 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include "kernels/cuda/matmul.h"
+#include "kernels/make_backend.h"
+
+namespace regroup {
+
+std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
+  const int devices = cuda_device_count();
+  if (devices == 0) {
+    throw UserError(
+        "--device cuda needs a GPU and its driver, and this host shows none (nvidia-smi tells more); use "
+        "--device cpu");
+  }
+  return std::make_unique<CudaBackend>(options.local_rank % devices, options.deterministic);
+}
+
+CudaBackend::CudaBackend(int ordinal, bool deterministic)
+    : device_(ordinal), matmul_(std::make_unique<CublasLtMatmul>(device_, deterministic)) {}
+
+CudaBackend::~CudaBackend() = default;
+
+Buffer CudaBackend::allocate(index_t bytes) { return device_.allocate(bytes); }
+Buffer CudaBackend::allocate_host(index_t bytes) { return device_.allocate_pinned(bytes); }
+
+void CudaBackend::copy_from_host(const void* host, Tensor tensor) {
+  check(tensor.is_contiguous(), "copy_from_host: {} has gaps between its rows", tensor.describe());
+  device_.upload(host, tensor.data, tensor.bytes());
+}
+
+void CudaBackend::copy_to_host(Tensor tensor, void* host) {
+  check(tensor.is_contiguous(), "copy_to_host: {} has gaps between its rows", tensor.describe());
+  device_.download(tensor.data, host, tensor.bytes());
+}
+
+void CudaBackend::synchronize() { device_.synchronize(); }
+
+void CudaBackend::do_matmul(Tensor a, Tensor b, Tensor c, MatmulOptions options) {
+  (*matmul_)(a, b, c, options);
+}
+
+}  // namespace regroup

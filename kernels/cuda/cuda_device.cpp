@@ -1,0 +1,131 @@
+#include "kernels/cuda/cuda_device.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/make_backend.h"
+
+namespace regroup {
+namespace {
+
+constexpr index_t kStagingBytes = index_t{8} << 20;
+constexpr std::size_t kStagings = 2;
+// Without asking for more, a block has this much dynamic shared memory.
+constexpr std::size_t kDefaultSharedBytes = 48 << 10;
+
+}  // namespace
+
+void check_cuda(cudaError_t result, const char* call, const std::source_location& where) {
+  if (result == cudaSuccess) return;
+  throw SystemError("{} failed: {} ({}:{})", call, cudaGetErrorString(result), where.file_name(),
+                    where.line());
+}
+
+CudaStream make_cuda_stream() {
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  return CudaStream(stream);
+}
+
+CudaEvent make_cuda_event() {
+  cudaEvent_t event = nullptr;
+  check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  return CudaEvent(event);
+}
+
+int cuda_device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+CudaDevice::CudaDevice(int ordinal) : ordinal_(ordinal) {
+  check_cuda(cudaSetDevice(ordinal), "cudaSetDevice");
+  check_cuda(cudaGetDeviceProperties(&properties_, ordinal), "cudaGetDeviceProperties");
+  stream_ = make_cuda_stream();
+  for (std::size_t i = 0; i < kStagings; ++i) {
+    staging_.push_back({.memory = allocate_pinned(kStagingBytes), .read = make_cuda_event()});
+  }
+}
+
+std::string CudaDevice::describe() const {
+  std::size_t free = 0, total = 0;
+  check_cuda(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return fmt::format("{}, GPU {} of {}, {} MiB, {} MiB free, compute capability {}.{}", properties_.name,
+                     ordinal_, cuda_device_count(), total >> 20, free >> 20, properties_.major,
+                     properties_.minor);
+}
+
+Buffer CudaDevice::allocate(index_t bytes) {
+  check(bytes >= 0, "a buffer of {} bytes was asked for", bytes);
+  void* memory = nullptr;
+  const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
+  if (cudaMalloc(&memory, size) != cudaSuccess) {
+    cudaGetLastError();  // or the next check would report it again
+    throw SystemError("{} bytes of GPU memory were asked for and are not there: {}", bytes, describe());
+  }
+  Buffer buffer(memory, bytes, [](void* address) { cudaFree(address); });
+  ++counters_.allocations;
+  check_cuda(cudaMemsetAsync(memory, 0, size, stream()), "cudaMemsetAsync");
+  return buffer;
+}
+
+Buffer CudaDevice::allocate_pinned(index_t bytes) {
+  void* memory = nullptr;
+  const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
+  check_cuda(cudaHostAlloc(&memory, size, cudaHostAllocDefault), "cudaHostAlloc");
+  ++counters_.allocations;
+  return Buffer(memory, bytes, [](void* address) { cudaFreeHost(address); });
+}
+
+std::byte* CudaDevice::workspace(index_t bytes) {
+  if (workspace_.bytes() < bytes) {
+    workspace_ =
+        Buffer();  // before, so that the two never exist together; cudaFree waits for ops that use it
+    workspace_ = allocate(bytes);
+  }
+  return static_cast<std::byte*>(workspace_.data());
+}
+
+void CudaDevice::upload(const void* host, void* device, index_t bytes) {
+  const auto* from = static_cast<const std::byte*>(host);
+  auto* to = static_cast<std::byte*>(device);
+  while (bytes > 0) {
+    const auto part = static_cast<std::size_t>(std::min(bytes, kStagingBytes));
+    Staging& staging = staging_[next_staging_];
+    next_staging_ = (next_staging_ + 1) % staging_.size();
+    check_cuda(cudaEventSynchronize(staging.read.get()), "cudaEventSynchronize");
+    std::memcpy(staging.memory.data(), from, part);
+    check_cuda(cudaMemcpyAsync(to, staging.memory.data(), part, cudaMemcpyHostToDevice, stream()),
+               "cudaMemcpyAsync to the device");
+    check_cuda(cudaEventRecord(staging.read.get(), stream()), "cudaEventRecord");
+    ++counters_.uploads;
+    from += part;
+    to += part;
+    bytes -= static_cast<index_t>(part);
+  }
+}
+
+void CudaDevice::download(const void* device, void* host, index_t bytes) {
+  if (bytes == 0) return;
+  check_cuda(cudaMemcpyAsync(host, device, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost, stream()),
+             "cudaMemcpyAsync to the host");
+  synchronize();
+}
+
+void CudaDevice::synchronize() {
+  ++counters_.waits;
+  check_cuda(cudaStreamSynchronize(stream()), "cudaStreamSynchronize");
+}
+
+void CudaDevice::launch(const void* kernel, const Grid& grid, void** arguments) {
+  if (grid.shared_bytes > kDefaultSharedBytes) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    narrow<int>(grid.shared_bytes)),
+               "cudaFuncSetAttribute");
+  }
+  ++counters_.launches;
+  check_cuda(cudaLaunchKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream()),
+             "cudaLaunchKernel");
+}
+
+}  // namespace regroup
