@@ -111,6 +111,16 @@ class Backend {
   virtual bool host_accessible() const { return true; }
   // The device in words, for the log.
   virtual std::string describe() const = 0;
+  // The same for two backends of one host that share a device with memory of its own; empty on the CPU.
+  virtual std::string device_id() const { return {}; }
+  // The most elements of an intermediate that is made and used in pieces: large enough for fast products,
+  // small enough for the device's memory and caches.
+  virtual index_t piece_elements() const { return index_t{1} << 24; }
+  // What was chosen by measuring so far, as text for set_tuning() of a backend on the same kind of device:
+  // with the same choices ops give the same bits. Empty where nothing is measured.
+  virtual std::string tuning() const { return {}; }
+  // UserError where the text is none of tuning()'s; choices of another device or library are ignored.
+  virtual void set_tuning(const std::string& /*text*/) {}
   // Waits until everything issued has been done.
   virtual void synchronize() = 0;
 

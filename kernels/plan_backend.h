@@ -10,11 +10,16 @@ namespace regroup {
 // cannot differ.
 class PlanBackend final : public Backend {
  public:
+  PlanBackend() = default;
+  // Plans for `device`: works in its pieces.
+  explicit PlanBackend(const Backend& device) : piece_elements_(device.piece_elements()) {}
+
   Buffer allocate(index_t bytes) override;
   void copy_from_host(const void*, Tensor) override {}
   void copy_to_host(Tensor, void*) override {}
   void synchronize() override {}
   std::string describe() const override { return "a memory plan"; }
+  index_t piece_elements() const override { return piece_elements_; }
 
   index_t allocated() const { return allocated_; }  // bytes, so far
 
@@ -50,6 +55,7 @@ class PlanBackend final : public Backend {
   void do_adamw_statistics(std::span<const AdamWSlot>) override {}
   void do_adamw_update(std::span<const AdamWSlot>, const AdamWOptions&) override {}
 
+  index_t piece_elements_ = Backend::piece_elements();
   index_t allocated_ = 0;
 };
 

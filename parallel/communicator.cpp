@@ -15,6 +15,7 @@ double seconds_since(Clock::time_point start) {
 class PlanCommunicator final : public Communicator {
  public:
   PlanCommunicator(std::string name, int rank, int size) : Communicator(std::move(name), rank, size) {}
+  std::string transport() const override { return "none"; }
 
  private:
   void do_all_reduce(Tensor, ReduceOp) override {}
@@ -28,25 +29,34 @@ Communicator::Communicator(std::string name, int rank, int size)
   check(size >= 1 && 0 <= rank && rank < size, "{}: rank {} of {} ranks", name_, rank, size);
 }
 
-void Communicator::all_reduce(Tensor x, ReduceOp op) {
-  check(x.is_contiguous(), "{}: all_reduce of {}, which is not dense", name_, x.describe());
+template <class Work>
+void Communicator::move(const char* what, const Tensor& x, Work&& work) {
+  check(x.is_contiguous(), "{}: {} of {}, which is not dense", name_, what, x.describe());
   if (size_ == 1 || x.numel() == 0) return;
-  check(static_cast<bool>(x), "{}: all_reduce of {} without memory", name_, x.describe());
+  check(static_cast<bool>(x), "{}: {} of {} without memory", name_, what, x.describe());
   const auto start = Clock::now();
-  do_all_reduce(x, op);
+  work();
   seconds_ += seconds_since(start);
   bytes_ += static_cast<double>(x.bytes());
 }
 
-void Communicator::broadcast(Tensor x, int root) {
-  check(x.is_contiguous(), "{}: broadcast of {}, which is not dense", name_, x.describe());
-  check(0 <= root && root < size_, "{}: broadcast from rank {} of {}", name_, root, size_);
-  if (size_ == 1 || x.numel() == 0) return;
-  check(static_cast<bool>(x), "{}: broadcast of {} without memory", name_, x.describe());
+void Communicator::all_reduce(Tensor x, ReduceOp op) {
+  move("all_reduce", x, [&] { do_all_reduce(x, op); });
+}
+
+void Communicator::start_all_reduce(Tensor x, ReduceOp op) {
+  move("all_reduce", x, [&] { do_start_all_reduce(x, op); });
+}
+
+void Communicator::finish() {
   const auto start = Clock::now();
-  do_broadcast(x, root);
+  do_finish();
   seconds_ += seconds_since(start);
-  bytes_ += static_cast<double>(x.bytes());
+}
+
+void Communicator::broadcast(Tensor x, int root) {
+  check(0 <= root && root < size_, "{}: broadcast from rank {} of {}", name_, root, size_);
+  move("broadcast", x, [&] { do_broadcast(x, root); });
 }
 
 std::unique_ptr<Communicator> make_plan_communicator(std::string name, int rank, int size) {

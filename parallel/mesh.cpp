@@ -51,21 +51,22 @@ Layout complete_layout(Layout layout, int ranks) {
   return layout;
 }
 
-Mesh::Mesh(const ProcessGroup& world, Layout layout, const std::vector<index_t>& kv_groups)
+Mesh::Mesh(const ProcessGroup& world, Layout layout, const std::vector<index_t>& kv_groups,
+           const CommunicatorFactory& make)
     : layout_(layout) {
   check(layout.ranks() == world.size(), "a mesh of {} x {} over {} ranks", layout.data_parallel,
         layout.tensor_parallel, world.size());
   const int tp_rank = world.rank() % layout.tensor_parallel;
   const int dp_rank = world.rank() / layout.tensor_parallel;
   const ProcessGroup tp_group = world.split(dp_rank, tp_rank);
-  tp_ = make_mpi_communicator("tp", tp_group);
-  dp_ = make_mpi_communicator("dp", world.split(tp_rank, dp_rank));
+  tp_ = make("tp", tp_group);
+  dp_ = make("dp", world.split(tp_rank, dp_rank));
   self_ = make_plan_communicator("self", 0, 1);
   for (const index_t groups : kv_groups) {
     const int replicas = replicas_of(groups, layout.tensor_parallel);
     if (replicas == 1 || kv_replicas_.count(groups) != 0) continue;
-    kv_replicas_[groups] = make_mpi_communicator(fmt::format("kv_replicas({})", groups),
-                                                 tp_group.split(tp_rank / replicas, tp_rank));
+    kv_replicas_[groups] =
+        make(fmt::format("kv_replicas({})", groups), tp_group.split(tp_rank / replicas, tp_rank));
   }
 }
 

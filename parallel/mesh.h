@@ -24,10 +24,11 @@ Layout complete_layout(Layout layout, int ranks);
 // links.
 class Mesh {
  public:
-  // Over MPI. `kv_groups`: every number of key/value groups the model uses; for each G < tp the tp axis is
-  // cut into KV-replica groups of tp / G neighbouring ranks that hold the same group. Collective over
-  // `world`.
-  Mesh(const ProcessGroup& world, Layout layout, const std::vector<index_t>& kv_groups);
+  // `kv_groups`: every number of key/value groups the model uses; for each G < tp the tp axis is cut into
+  // KV-replica groups of tp / G neighbouring ranks that hold the same group. `make` gives the axes their
+  // communicators. Collective over `world`.
+  Mesh(const ProcessGroup& world, Layout layout, const std::vector<index_t>& kv_groups,
+       const CommunicatorFactory& make = make_mpi_communicator);
   // The mesh as rank `rank` would see it, with communicators that move nothing: for memory plans.
   static Mesh plan(Layout layout, int rank, const std::vector<index_t>& kv_groups);
 

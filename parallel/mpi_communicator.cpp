@@ -38,6 +38,8 @@ class MpiCommunicator final : public Communicator {
       list->resize(ranks);
   }
 
+  std::string transport() const override { return "MPI"; }
+
  private:
   template <class Work>
   static void for_each_chunk(const Tensor& x, Work&& work) {

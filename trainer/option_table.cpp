@@ -88,7 +88,16 @@ std::vector<po::options_description> describe_options(Options& o) {
                "configuration file; may be repeated, later ones win, the command line wins over all")(
       "run", path(o.run), "directory of the run; the same command again resumes what is there")(
       "seed", seed(o.seed), "of initial weights, sample order, span masks, dropout")(
-      "threads", bound(o.threads), "of each rank; 0: OMP_NUM_THREADS, or its share of the host's cores");
+      "device", text(o.device), "cpu, or cuda: one GPU a rank")(
+      "threads", bound(o.threads), "of each rank; 0: OMP_NUM_THREADS, or its share of the host's cores")(
+      "collectives", text(o.collectives),
+      "how tensors of GPUs travel: auto, nccl, or host (through host memory: also where ranks share a GPU)")(
+      "collective-timeout", bound(o.collective_timeout),
+      "seconds until a collective that does not end counts as hung and the job stops")(
+      "deterministic", flag(o.deterministic),
+      "cuda: fixed algorithms in place of measured ones, so that a second run from the start has the same "
+      "bits "
+      "(resuming has them anyway)");
   group("Model")("model", text(o.model), "size: tiny, small, base, large, xl or xxl")(
       "d-model", optional(o.d_model), "instead of the size's")(
       "d-kv", optional(o.d_kv), "instead of the size's")("d-ff", optional(o.d_ff), "instead of the size's")(
@@ -116,7 +125,7 @@ std::vector<po::options_description> describe_options(Options& o) {
   group("Training")("steps", bound(o.steps), "optimizer steps of --pretrain")(
       "batch-size", bound(o.batch_size), "sequences of one step, over all ranks")(
       "micro-batch", bound(o.micro_batch),
-      "sequences of one forward and backward of a rank; 0: those that make 4096 inputs")(
+      "sequences of one forward and backward of a rank; 0: those that make 4096 inputs (cuda: 32768)")(
       "optimizer", text(o.optimizer), "adafactor (T5's) or adamw")(
       "schedule", text(o.schedule), "of the learning rate: rsqrt (T5's), constant, linear, cosine")(
       "learning-rate", optional(o.learning_rate),

@@ -139,6 +139,9 @@ void require_one_of(const char* option, const std::string& value, const std::vec
 }
 
 void validate(const Options& o) {
+  require_one_of("device", o.device, {"cpu", "cuda"});
+  require_one_of("collectives", o.collectives, {"auto", "nccl", "host"});
+  require_finite("collective-timeout", o.collective_timeout);
   require_one_of("precision", o.precision, {"bf16", "fp32"});
   require_one_of("optimizer", o.optimizer, {"adafactor", "adamw"});
   require_one_of("document", o.document, {"file", "line"});

@@ -23,7 +23,11 @@ struct Options {
   // Run.
   std::filesystem::path run;  // directory of checkpoints, metrics and plots
   std::uint64_t seed = 0;
-  int threads = 0;  // of each rank; 0: OMP_NUM_THREADS, or this rank's share of the host's cores
+  std::string device = "cpu";  // or cuda
+  int threads = 0;             // of each rank; 0: OMP_NUM_THREADS, or this rank's share of the host's cores
+  std::string collectives = "auto";  // or nccl, host: how tensors of GPUs travel
+  double collective_timeout = 600;   // seconds
+  bool deterministic = false;        // fixed algorithms in place of measured ones
 
   // Model. Anything set here replaces the value of the named size.
   std::string model = "small";
@@ -47,8 +51,7 @@ struct Options {
   // Training.
   index_t steps = 0;         // pretraining
   index_t batch_size = 128;  // sequences of one optimizer step, over all ranks
-  index_t micro_batch =
-      0;  // sequences of one forward and backward of a rank; 0: those that make 4,096 inputs
+  index_t micro_batch = 0;   // sequences of one forward and backward of a rank; 0: those that suit the device
   std::string optimizer = "adafactor";
   std::string schedule = "rsqrt";
   std::optional<double> learning_rate;  // the schedule's base; rsqrt 1, else 1e-3

@@ -33,6 +33,12 @@ void CudaBackend::copy_to_host(Tensor tensor, void* host) {
   device_.download(tensor.data, host, tensor.bytes());
 }
 
+std::string CudaBackend::device_id() const {
+  std::string id;
+  for (const char byte : device_.properties().uuid.bytes) id += fmt::format("{:02x}", static_cast<unsigned char>(byte));
+  return id;
+}
+
 void CudaBackend::synchronize() { device_.synchronize(); }
 
 void CudaBackend::do_matmul(Tensor a, Tensor b, Tensor c, MatmulOptions options) {

@@ -26,6 +26,8 @@ class CudaBackend final : public Backend {
   void synchronize() override;
   bool host_accessible() const override { return false; }
   std::string describe() const override { return device_.describe(); }
+  std::string device_id() const override;
+  index_t piece_elements() const override { return index_t{1} << 28; }
 
   CudaDevice& device() { return device_; }
 

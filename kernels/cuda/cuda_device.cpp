@@ -1,7 +1,10 @@
 #include "kernels/cuda/cuda_device.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
+#include <utility>
 
 #include "kernels/make_backend.h"
 
@@ -93,7 +96,7 @@ void CudaDevice::upload(const void* host, void* device, index_t bytes) {
     const auto part = static_cast<std::size_t>(std::min(bytes, kStagingBytes));
     Staging& staging = staging_[next_staging_];
     next_staging_ = (next_staging_ + 1) % staging_.size();
-    check_cuda(cudaEventSynchronize(staging.read.get()), "cudaEventSynchronize");
+    wait_until([&] { return cudaEventQuery(staging.read.get()); }, "cudaEventQuery");
     std::memcpy(staging.memory.data(), from, part);
     check_cuda(cudaMemcpyAsync(to, staging.memory.data(), part, cudaMemcpyHostToDevice, stream()),
                "cudaMemcpyAsync to the device");
@@ -107,14 +110,41 @@ void CudaDevice::upload(const void* host, void* device, index_t bytes) {
 
 void CudaDevice::download(const void* device, void* host, index_t bytes) {
   if (bytes == 0) return;
+  // A copy to pageable memory blocks until it is done: first wait where guards can look.
+  synchronize();
   check_cuda(cudaMemcpyAsync(host, device, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost, stream()),
              "cudaMemcpyAsync to the host");
-  synchronize();
+  check_cuda(cudaStreamSynchronize(stream()), "cudaStreamSynchronize");
 }
 
 void CudaDevice::synchronize() {
   ++counters_.waits;
-  check_cuda(cudaStreamSynchronize(stream()), "cudaStreamSynchronize");
+  wait_until([this] { return cudaStreamQuery(stream()); }, "cudaStreamQuery");
+}
+
+std::shared_ptr<const CudaDevice::WaitGuard> CudaDevice::guard_waits(WaitGuard guard) {
+  auto shared = std::make_shared<const WaitGuard>(std::move(guard));
+  guards_.push_back(shared);
+  return shared;
+}
+
+void CudaDevice::wait_until(const std::function<cudaError_t()>& query, const char* call) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::milliseconds kBetweenGuards(5);
+  const auto start = Clock::now();
+  auto next_look = start + kBetweenGuards;
+  for (;;) {
+    const cudaError_t result = query();
+    if (result == cudaSuccess) return;
+    if (result != cudaErrorNotReady) check_cuda(result, call);
+    std::this_thread::yield();
+    const auto now = Clock::now();
+    if (now < next_look) continue;
+    next_look = now + kBetweenGuards;
+    for (const auto& entry : guards_) {
+      if (const auto guard = entry.lock()) (*guard)(std::chrono::duration<double>(now - start).count());
+    }
+  }
 }
 
 void CudaDevice::launch(const void* kernel, const Grid& grid, void** arguments) {

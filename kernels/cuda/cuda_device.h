@@ -77,6 +77,11 @@ class CudaDevice {
   // Waits for everything issued.
   void synchronize();
 
+  // Called every few milliseconds while the host waits for the device, with the seconds waited so far; throws
+  // to end the wait. In force until the returned pointer is gone.
+  using WaitGuard = std::function<void(double seconds)>;
+  std::shared_ptr<const WaitGuard> guard_waits(WaitGuard guard);
+
   // Runs a kernel on the stream; through launch() of launch.cuh.
   void launch(const void* kernel, const Grid& grid, void** arguments);
 
@@ -87,6 +92,9 @@ class CudaDevice {
     CudaEvent read;  // the device has read it
   };
 
+  // Until `query` says done; cudaErrorNotReady is "not yet".
+  void wait_until(const std::function<cudaError_t()>& query, const char* call);
+
   int ordinal_;
   cudaDeviceProp properties_{};
   CudaStream stream_;
@@ -94,6 +102,7 @@ class CudaDevice {
   Buffer workspace_;
   std::vector<Staging> staging_;
   std::size_t next_staging_ = 0;
+  std::vector<std::weak_ptr<const WaitGuard>> guards_;
 };
 
 }  // namespace regroup

@@ -2,12 +2,12 @@
 #include <cstdio>
 #include <optional>
 
-#include "kernels/cpu/cpu_backend.h"
 #include "trainer/commands/commands.h"
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/evaluation.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/progress.h"
+#include "trainer/run/rank_device.h"
 
 namespace regroup {
 
@@ -27,11 +27,12 @@ int evaluate_command(const Options& asked, const ProcessGroup& world, const Log&
     validate_tensor_parallel(config, layout.tensor_parallel);
   });
   verify_checkpoint(world, source);
-  CpuBackend backend(threads_of(options.threads, world.split_by_host().size()));
-  const Mesh mesh(world, layout, {config.kv_groups, config.encoder_kv_groups});
+  const RankDevice device = open_device(options, world, log);
+  const Mesh mesh(world, layout, {config.kv_groups, config.encoder_kv_groups}, device.communicators);
   const index_t micro_batch = evaluation_micro_batch(options);
-  ModelRunner runner(backend, mesh, config, runner_options(options, *samples, micro_batch, /*train=*/false));
-  load_weights(world, source, runner.parameters());
+  ModelRunner runner(*device.backend, mesh, config,
+                     runner_options(options, *samples, micro_batch, /*train=*/false));
+  load_weights(world, source, runner);
   const LossSums sums = evaluate(runner, mesh, *samples, options.evaluation_samples, micro_batch);
   log.info("{}: {} of {} key/value groups, {} data-parallel x {} tensor-parallel ranks",
            source.directory.string(), config.kv_groups, config.num_heads, layout.data_parallel,

@@ -7,9 +7,8 @@ namespace regroup {
 LanguageModelHead::LanguageModelHead(const ParameterStore& store, int tp_rank)
     : lm_head_(store.parameter("lm_head.weight")), first_id_(tp_rank * lm_head_.weight[0]) {}
 
-index_t LanguageModelHead::chunk_rows(index_t rows) const {
-  constexpr index_t kChunkElements = index_t{1} << 24;
-  const index_t most = std::max<index_t>(32, kChunkElements / lm_head_.weight[0]);
+index_t LanguageModelHead::chunk_rows(const Backend& backend, index_t rows) const {
+  const index_t most = std::max<index_t>(32, backend.piece_elements() / lm_head_.weight[0]);
   return std::min(rows, most);
 }
 
@@ -33,7 +32,7 @@ LanguageModelHead::Chunk LanguageModelHead::forward(Step& step, Tensor hidden, T
 
 void LanguageModelHead::evaluate(Step& step, Tensor hidden, Tensor targets, double z_loss,
                                  Tensor loss) const {
-  const index_t rows = chunk_rows(hidden[0]);
+  const index_t rows = chunk_rows(step.backend, hidden[0]);
   for (index_t begin = 0; begin < hidden[0]; begin += rows) {
     const Arena::Frame frame(step.scratch);
     const index_t end = std::min(hidden[0], begin + rows);
@@ -45,7 +44,7 @@ void LanguageModelHead::evaluate(Step& step, Tensor hidden, Tensor targets, doub
 void LanguageModelHead::evaluate_with_gradient(Step& step, Tensor hidden, Tensor targets, double z_loss,
                                                double factor, Tensor loss, Tensor gradient) const {
   const CrossEntropyOptions options = {.first_vocabulary_id = first_id_, .z_loss = z_loss};
-  const index_t rows = chunk_rows(hidden[0]);
+  const index_t rows = chunk_rows(step.backend, hidden[0]);
   for (index_t begin = 0; begin < hidden[0]; begin += rows) {
     const Arena::Frame frame(step.scratch);
     const index_t end = std::min(hidden[0], begin + rows);

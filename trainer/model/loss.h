@@ -27,7 +27,7 @@ class LanguageModelHead {
   struct Chunk {
     Tensor hidden, targets, logits, row_max, sums;
   };
-  index_t chunk_rows(index_t rows) const;
+  index_t chunk_rows(const Backend& backend, index_t rows) const;
   Chunk forward(Step& step, Tensor hidden, Tensor targets, Tensor loss,
                 const CrossEntropyOptions& options) const;
 

@@ -3,6 +3,7 @@
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/step_directory.h"
+#include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
 
 namespace regroup {
@@ -42,12 +43,15 @@ void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source
   if (source.state) verify_step(world, source.directory);
 }
 
-void load_weights(const ProcessGroup& world, const CheckpointSource& source, ParameterStore& store,
+void load_weights(const ProcessGroup& world, const CheckpointSource& source, ModelRunner& runner,
                   const ConversionOptions& options) {
+  ParameterStore& store = runner.parameters();
+  HostTensors masters(runner.backend(), sharded_parameters(store));
   world.run_together([&] {
-    load_converted(CheckpointReader(source.directory), source.config, store.config(),
-                   sharded_parameters(store), options);
+    load_converted(CheckpointReader(source.directory), source.config, store.config(), masters.tensors(),
+                   options);
   });
+  masters.to_device();
   store.refresh_weights();
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 // Encoder tokens of a micro-batch that was not asked for: enough for fast products, few enough for caches and
 // memory.
-constexpr index_t kInputs = 4096;
+index_t suitable_inputs(const Options& options) { return options.device == "cuda" ? 32768 : 4096; }
 
 index_t largest_divisor(index_t number, index_t most) {
   for (index_t divisor = std::min(number, most); divisor > 1; --divisor) {
@@ -95,7 +95,7 @@ index_t micro_batch_of(const Options& options, int data_parallel) {
   }
   const index_t share = options.batch_size / data_parallel;
   if (options.micro_batch == 0)
-    return largest_divisor(share, std::max<index_t>(1, kInputs / options.inputs_length));
+    return largest_divisor(share, std::max<index_t>(1, suitable_inputs(options) / options.inputs_length));
   if (share % options.micro_batch != 0) {
     throw UserError("micro-batch = {} does not divide a rank's {} sequences of a step; use {}",
                     options.micro_batch, share, largest_divisor(share, options.micro_batch));
@@ -105,7 +105,7 @@ index_t micro_batch_of(const Options& options, int data_parallel) {
 
 index_t evaluation_micro_batch(const Options& options) {
   return options.micro_batch > 0 ? options.micro_batch
-                                 : std::max<index_t>(1, kInputs / options.inputs_length);
+                                 : std::max<index_t>(1, suitable_inputs(options) / options.inputs_length);
 }
 
 ModelRunner::Options runner_options(const Options& options, const Samples& samples, index_t micro_batch,

@@ -19,9 +19,10 @@ ParameterStore::Options store_options(const Mesh& mesh, const ModelRunner::Optio
 
 }  // namespace
 
-ModelRunner::Plan ModelRunner::plan(const Mesh& mesh, const ModelConfig& config, const Options& options) {
+ModelRunner::Plan ModelRunner::plan(const Backend& device, const Mesh& mesh, const ModelConfig& config,
+                                    const Options& options) {
   constexpr index_t kEndless = index_t{1} << 46;
-  PlanBackend backend;
+  PlanBackend backend(device);
   const ParameterStore store(backend, config, store_options(mesh, options));
   T5 model(store, mesh.tp_rank(), mesh.tp_size());
   const int rank = mesh.dp_rank() * mesh.tp_size() + mesh.tp_rank();
@@ -47,7 +48,7 @@ ModelRunner::Plan ModelRunner::plan(const Mesh& mesh, const ModelConfig& config,
   if (options.train && options.recompute) {
     Options plain = options;
     plain.recompute = false;
-    result.flops = plan(mesh, config, plain).flops;
+    result.flops = plan(device, mesh, config, plain).flops;
   }
   return result;
 }
@@ -76,7 +77,7 @@ ModelRunner::ModelRunner(Backend& backend, const Mesh& mesh, const ModelConfig& 
       model_(store_, mesh.tp_rank(), mesh.tp_size()),
       tokens_(backend.allocate(token_bytes(options))),
       losses_(backend.allocate(3 * size_of(DType::kFloat64))) {
-  const Plan memory = plan(mesh, config, options);
+  const Plan memory = plan(backend, mesh, config, options);
   saved_ = Arena(backend.allocate(memory.saved));
   scratch_ = Arena(backend.allocate(memory.scratch));
   flops_ = memory.flops;

@@ -37,6 +37,7 @@ class ModelRunner {
 
   ParameterStore& parameters() { return store_; }
   const ParameterStore& parameters() const { return store_; }
+  Backend& backend() { return backend_; }
 
   // Where a micro-batch stands in the run: its dropout and nothing else depends on it.
   struct Position {
@@ -66,7 +67,8 @@ class ModelRunner {
     index_t saved = 0, scratch = 0;
     double flops = 0;
   };
-  static Plan plan(const Mesh& mesh, const ModelConfig& config, const Options& options);
+  static Plan plan(const Backend& device, const Mesh& mesh, const ModelConfig& config,
+                   const Options& options);
   static index_t token_bytes(const Options& options);
   static T5::Input input_of(const Buffer& tokens, index_t batch, const Options& options);
   Step step(bool training);

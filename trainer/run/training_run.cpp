@@ -6,14 +6,15 @@
 #include <exception>
 #include <limits>
 
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/matmul_peak.h"
 #include "trainer/checkpoint/sharded_io.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
 #include "trainer/run/evaluation.h"
+#include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
+#include "trainer/run/rank_device.h"
 
 namespace regroup {
 namespace {
@@ -114,7 +115,7 @@ nlohmann::json TrainingRun::identity() const {
 void TrainingRun::evaluate_parent() {
   ModelRunner parent(*backend_, *mesh_, source_->config,
                      runner_options(options_, *training_, micro_batch_, /*train=*/false));
-  load_weights(world_, *source_, parent.parameters());
+  load_weights(world_, *source_, parent);
   state_.parent_loss = held_out(parent).mean();
 }
 
@@ -143,10 +144,12 @@ void TrainingRun::build() {
 
 void TrainingRun::load() {
   world_.run_together([&] {
-    const auto read_all = [this](const std::string& stem, const std::vector<ShardedTensor>& tensors) {
+    const auto read_all = [this](const std::string& stem, std::vector<ShardedTensor> device) {
+      HostTensors host(*backend_, std::move(device));
       const CheckpointReader reader(source_->directory, stem);
-      reader.require(tensors);
-      for (const ShardedTensor& tensor : tensors) reader.read(tensor);
+      reader.require(host.tensors());
+      for (const ShardedTensor& tensor : host.tensors()) reader.read(tensor);
+      host.to_device();
     };
     read_all("model", sharded_parameters(runner_->parameters()));
     read_all("optimizer", optimizer_->state());
@@ -156,7 +159,7 @@ void TrainingRun::load() {
 }
 
 void TrainingRun::convert_parent() {
-  load_weights(world_, *source_, runner_->parameters(),
+  load_weights(world_, *source_, *runner_,
                {.pooling = pooling_from_string(options_.pooling), .seed = options_.seed});
   state_.converted_loss = held_out(*runner_).mean();
   if (reporter_) {
@@ -187,8 +190,13 @@ void TrainingRun::save() {
   pending.write_text("config.json", to_json(config_));
   pending.copy_file("tokenizer.model", corpus_->tokenizer_file());
   const bool writes = mesh_->dp_rank() == 0;
-  write_tensors(world_, pending.path(), "model", sharded_parameters(runner_->parameters()), writes);
-  write_tensors(world_, pending.path(), "optimizer", optimizer_->state(), writes);
+  const auto write_all = [&](const std::string& stem, std::vector<ShardedTensor> device) {
+    HostTensors host(*backend_, std::move(device));
+    if (writes) host.from_device();
+    write_tensors(world_, pending.path(), stem, host.tensors(), writes);
+  };
+  write_all("model", sharded_parameters(runner_->parameters()));
+  write_all("optimizer", optimizer_->state());
   pending.commit(to_json(state_));
   checkpoints_.prune(options_.keep_last, options_.keep_every);
 }
@@ -266,11 +274,11 @@ void TrainingRun::update(const LossSums& sums, double began, double waited) {
 
 // Everything up to the first step: memory, weights, data, yardstick.
 void TrainingRun::start() {
-  const int threads = threads_of(options_.threads, world_.split_by_host().size());
-  backend_ = std::make_unique<CpuBackend>(threads);
+  RankDevice device = open_device(options_, world_, log_);
+  backend_ = std::move(device.backend);
   std::vector<index_t> groups = {config_.kv_groups, config_.encoder_kv_groups};
   if (source_) groups.insert(groups.end(), {source_->config.kv_groups, source_->config.encoder_kv_groups});
-  mesh_ = std::make_unique<Mesh>(world_, layout_, groups);
+  mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
   const bool converts = uptraining() && !resuming();
   if (converts) evaluate_parent();
   build();
@@ -295,7 +303,7 @@ void TrainingRun::start() {
   std::array<double, 1> peak = {measure_matmul_peak(*backend_, runner_->parameters().compute_dtype())};
   world_.all_reduce(peak, ReduceOp::kSum);
   peak_flops_ = peak[0];
-  log_.info("matmul peak of all ranks ({} threads each, {}), measured: {:.0f} GFLOP/s", threads,
+  log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
             options_.precision, peak_flops_ * 1e-9);
   const index_t share = options_.batch_size / layout_.data_parallel;
   const index_t micros = share / micro_batch_;

@@ -1,0 +1,195 @@
+#include "parallel/nccl_communicator.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <nccl.h>
+#include <thread>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/cuda/cuda_backend.h"
+
+namespace regroup {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+void check_nccl(ncclResult_t result, const char* call) {
+  // In progress: a non-blocking communicator has taken the call and goes on with it in the background.
+  if (result == ncclSuccess || result == ncclInProgress) return;
+  throw SystemError("{} failed: {} ({})", call, ncclGetErrorString(result), ncclGetLastError(nullptr));
+}
+
+ncclDataType_t nccl_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return ncclFloat64;
+    case DType::kFloat32:
+      return ncclFloat32;
+    case DType::kBFloat16:
+      return ncclBfloat16;
+    case DType::kInt32:
+      return ncclInt32;
+  }
+  throw InternalError("unknown dtype {}", static_cast<int>(dtype));
+}
+
+ncclRedOp_t nccl_op(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kSum:
+      return ncclSum;
+    case ReduceOp::kMax:
+      return ncclMax;
+    case ReduceOp::kMin:
+      return ncclMin;
+  }
+  throw InternalError("unknown reduction {}", static_cast<int>(op));
+}
+
+// Finalizing waits for the other ranks, which may never come while an exception unwinds this one.
+struct ReleaseCommunicator {
+  void operator()(ncclComm_t communicator) const noexcept {
+    if (std::uncaught_exceptions() > 0) {
+      ncclCommAbort(communicator);
+    } else {
+      ncclCommDestroy(communicator);
+    }
+  }
+};
+
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(std::string name, const ProcessGroup& group, CudaDevice& device,
+                   const NcclOptions& options)
+      : Communicator(std::move(name), group.rank(), group.size()), device_(device), options_(options) {
+    if (size() == 1) return;
+    connect(group);
+    stream_ = make_cuda_stream();
+    issued_ = make_cuda_event();
+    done_ = make_cuda_event();
+    guard_ = device_.guard_waits([this](double seconds) { watch(seconds); });
+  }
+
+  std::string transport() const override {
+    int version = 0;
+    check_nccl(ncclGetVersion(&version), "ncclGetVersion");
+    return fmt::format("NCCL {}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+  }
+
+ private:
+  void connect(const ProcessGroup& group) {
+    if (options_.deterministic) {
+      setenv("NCCL_ALGO", "Ring", 1);
+      setenv("NCCL_PROTO", "Simple", 1);
+      setenv("NCCL_NVLS_ENABLE", "0", 1);
+    }
+    ncclUniqueId id{};
+    group.run_on(0, [&] { check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId"); });
+    const std::string bytes = group.broadcast(std::string(id.internal, sizeof(id.internal)));
+    std::memcpy(id.internal, bytes.data(), sizeof(id.internal));
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    config.commName = this->name().c_str();
+    group.run_together([&] {
+      ncclComm_t communicator = nullptr;
+      check_nccl(ncclCommInitRankConfig(&communicator, size(), id, rank(), &config),
+                 "ncclCommInitRankConfig");
+      communicator_.reset(communicator);
+      settle("its start");
+    });
+  }
+
+  // Waits until the communicator has taken what it was last given.
+  void settle(const char* what) const {
+    const auto start = Clock::now();
+    for (;;) {
+      ncclResult_t state = ncclSuccess;
+      check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
+      if (state == ncclSuccess) return;
+      if (state != ncclInProgress) {
+        throw SystemError("{}: NCCL failed in {}: {} ({})", name(), what, ncclGetErrorString(state),
+                          ncclGetLastError(communicator_.get()));
+      }
+      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+      if (waited > options_.deadline_seconds) {
+        throw SystemError("{}: NCCL has not come through {} in {:.0f} s: a rank is late or gone", name(),
+                          what, waited);
+      }
+      std::this_thread::yield();
+    }
+  }
+
+  // Called while the host waits for the device.
+  void watch(double seconds) const {
+    ncclResult_t state = ncclSuccess;
+    check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
+    if (state != ncclSuccess && state != ncclInProgress) {
+      throw SystemError("{} rank {} of {}: NCCL failed by {}: {} ({})", name(), rank(), size(), last_,
+                        ncclGetErrorString(state), ncclGetLastError(communicator_.get()));
+    }
+    if (seconds > options_.deadline_seconds) {
+      throw SystemError(
+          "{} rank {} of {}: the device has not come past its queue in {:.0f} s; the axis's last collective "
+          "is {}. A "
+          "rank of it is late or gone, or a link is down",
+          name(), rank(), size(), seconds, last_);
+    }
+  }
+
+  // The collective's stream goes on after what the compute stream was given so far.
+  template <class Issue>
+  void issue(const char* what, const Tensor& x, Issue&& collective) {
+    last_ = fmt::format("number {}, {} of {}", ++collectives_, what, x.describe());
+    check_cuda(cudaEventRecord(issued_.get(), device_.stream()), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(stream_.get(), issued_.get(), 0), "cudaStreamWaitEvent");
+    check_nccl(collective(), what);
+    settle(what);
+  }
+
+  void do_start_all_reduce(Tensor x, ReduceOp op) override {
+    issue("all_reduce", x, [&] {
+      return ncclAllReduce(x.data, x.data, static_cast<std::size_t>(x.numel()), nccl_type(x.dtype),
+                           nccl_op(op), communicator_.get(), stream_.get());
+    });
+  }
+  void do_finish() override {
+    if (size() == 1) return;
+    check_cuda(cudaEventRecord(done_.get(), stream_.get()), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(device_.stream(), done_.get(), 0), "cudaStreamWaitEvent");
+  }
+  void do_all_reduce(Tensor x, ReduceOp op) override {
+    do_start_all_reduce(x, op);
+    do_finish();
+  }
+  void do_broadcast(Tensor x, int root) override {
+    issue("broadcast", x, [&] {
+      return ncclBroadcast(x.data, x.data, static_cast<std::size_t>(x.numel()), nccl_type(x.dtype), root,
+                           communicator_.get(), stream_.get());
+    });
+    do_finish();
+  }
+
+  CudaDevice& device_;
+  NcclOptions options_;
+  std::unique_ptr<std::remove_pointer_t<ncclComm_t>, ReleaseCommunicator> communicator_;
+  CudaStream stream_;
+  CudaEvent issued_, done_;
+  std::shared_ptr<const CudaDevice::WaitGuard> guard_;
+  index_t collectives_ = 0;
+  std::string last_ = "none yet";
+};
+
+}  // namespace
+
+bool has_nccl() { return true; }
+
+std::unique_ptr<Communicator> make_nccl_communicator(std::string name, const ProcessGroup& group,
+                                                     Backend& backend, const NcclOptions& options) {
+  auto* const cuda = dynamic_cast<CudaBackend*>(&backend);
+  check(cuda != nullptr, "NCCL moves tensors of CUDA backends only");
+  return std::make_unique<NcclCommunicator>(std::move(name), group, cuda->device(), options);
+}
+
+}  // namespace regroup

@@ -1,0 +1,80 @@
+#include "trainer/run/rank_device.h"
+
+#include <algorithm>
+#include <array>
+#include <unistd.h>
+
+#include "kernels/make_backend.h"
+#include "parallel/host_staged_communicator.h"
+#include "parallel/nccl_communicator.h"
+
+namespace regroup {
+namespace {
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  gethostname(name.data(), name.size() - 1);
+  return name.data();
+}
+
+// Whether two ranks of any host have the same GPU. Collective.
+bool ranks_share_a_device(const ProcessGroup& world, const ProcessGroup& host, const Backend& backend) {
+  std::vector<std::string> ids = host.all_gather(backend.device_id());
+  std::sort(ids.begin(), ids.end());
+  std::array<double, 1> shared = {std::adjacent_find(ids.begin(), ids.end()) == ids.end() ? 0.0 : 1.0};
+  world.all_reduce(shared, ReduceOp::kMax);
+  return shared[0] > 0;
+}
+
+void log_devices(const ProcessGroup& world, const Backend& backend, const Log& log) {
+  constexpr std::size_t kMostLines = 64;
+  const auto lines = world.all_gather(fmt::format("on {}: {}", host_name(), backend.describe()));
+  for (std::size_t rank = 0; rank < std::min(lines.size(), kMostLines); ++rank) {
+    log.info("rank {} {}", rank, lines[rank]);
+  }
+  if (lines.size() > kMostLines) log.info("... and {} ranks more", lines.size() - kMostLines);
+}
+
+}  // namespace
+
+RankDevice open_device(const Options& options, const ProcessGroup& world, const Log& log) {
+  const ProcessGroup host = world.split_by_host();
+  const bool cuda = options.device == "cuda";
+  RankDevice result;
+  world.run_together([&] {
+    result.backend = make_backend({.device = cuda ? DeviceKind::kCuda : DeviceKind::kCpu,
+                                   .threads = threads_of(options.threads, host.size()),
+                                   .local_rank = host.rank(),
+                                   .deterministic = options.deterministic});
+  });
+  if (!cuda) {
+    result.communicators = make_mpi_communicator;
+    return result;
+  }
+  Backend& backend = *result.backend;
+  log_devices(world, backend, log);
+  const bool shared = ranks_share_a_device(world, host, backend);
+  if (options.collectives == "nccl" && (shared || !has_nccl())) {
+    UserError error("collectives = nccl is impossible: {}; or use --collectives host",
+                    has_nccl() ? "ranks of one host share a GPU, which NCCL refuses: start one rank a GPU"
+                               : "this trainer was built without NCCL");
+    error.set_on_every_rank();
+    throw error;
+  }
+  if (options.collectives == "host" || shared || !has_nccl()) {
+    if (world.size() > 1)
+      log.info("tensors travel through host memory{}", shared ? ": ranks share a GPU" : "");
+    result.communicators = [&backend](std::string name, const ProcessGroup& group) {
+      return make_host_staged_communicator(std::move(name), group, backend);
+    };
+    return result;
+  }
+  const NcclOptions nccl{.deterministic = options.deterministic,
+                         .deadline_seconds = options.collective_timeout};
+  result.communicators = [&backend, nccl](std::string name, const ProcessGroup& group) {
+    return make_nccl_communicator(std::move(name), group, backend, nccl);
+  };
+  return result;
+}
+
+}  // namespace regroup
