@@ -1,7 +1,8 @@
-// Summing gradients after the last micro-batch of a step.
+// Summing gradients over ranks, each part as soon as backward is done with it.
 #pragma once
 
-#include <span>
+#include <utility>
+#include <vector>
 
 #include "parallel/mesh.h"
 
@@ -15,11 +16,27 @@ struct KvGradient {
 
 // Each KV replica saw only its own query heads: their k and v gradients are summed over the replica group.
 // (The gradient of the projections' input is not: there each replica's share joins the tensor-parallel sum
-// once.) Then all gradients, one flat tensor, are summed over data-parallel ranks.
-inline void synchronise_gradients(const Mesh& mesh, Tensor all_gradients,
-                                  std::span<const KvGradient> kv_gradients) {
-  for (const KvGradient& kv : kv_gradients) mesh.kv_replicas(kv.kv_groups).all_reduce(kv.gradient);
-  mesh.dp().all_reduce(all_gradients);
-}
+// once.) Then all gradients are summed over data-parallel ranks.
+class GradientSync {
+ public:
+  // `mesh` outlives it. `kv_gradients`: those whose groups have replicas.
+  GradientSync(const Mesh& mesh, std::vector<KvGradient> kv_gradients)
+      : mesh_(mesh), kv_gradients_(std::move(kv_gradients)) {}
+
+  // The gradients that lie in `part`, dense, are those of the whole step on this rank: their sums begin, and
+  // may run beside what is issued until finish(). Collective.
+  void start(Tensor part) const {
+    for (const KvGradient& kv : kv_gradients_) {
+      if (overlaps(kv.gradient, part)) mesh_.kv_replicas(kv.kv_groups).all_reduce(kv.gradient);
+    }
+    mesh_.dp().start_all_reduce(part);
+  }
+  // What was started is summed for all that is issued from here on.
+  void finish() const { mesh_.dp().finish(); }
+
+ private:
+  const Mesh& mesh_;
+  std::vector<KvGradient> kv_gradients_;
+};
 
 }  // namespace regroup

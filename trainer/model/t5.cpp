@@ -10,7 +10,8 @@ Tensor T5::forward(Step& step, const Input& input, bool training) {
   return decoder_.forward(step, input.decoder_ids, memory, input.input_ids, decoder_saved_, training);
 }
 
-void T5::train(Step& step, const Input& input, double z_loss, double factor, Tensor loss) {
+void T5::train(Step& step, const Input& input, double z_loss, double factor, Tensor loss,
+               const std::function<void()>& after_decoder) {
   const Arena::Frame saved_frame(step.saved);
   const Arena::Frame scratch_frame(step.scratch);
   const Tensor hidden = forward(step, input, /*training=*/true);
@@ -23,6 +24,7 @@ void T5::train(Step& step, const Input& input, double z_loss, double factor, Ten
                                  loss, gradient);
     decoder_.backward(step, input.decoder_ids, gradient, memory_gradient, decoder_saved_);
   }
+  if (after_decoder) after_decoder();
   Tensor gradient = memory_gradient;
   if (memory.dtype != memory_gradient.dtype) {
     gradient = step.scratch.allocate(memory.dtype, {memory[0], memory[1]});

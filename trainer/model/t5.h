@@ -1,6 +1,8 @@
 // T5 1.1 with grouped-query attention: forward, loss and backward of one micro-batch.
 #pragma once
 
+#include <functional>
+
 #include "trainer/model/decoder.h"
 #include "trainer/model/encoder.h"
 #include "trainer/model/loss.h"
@@ -20,8 +22,10 @@ class T5 {
 
   // loss float64 [2] += {sum of cross-entropy, sum of z_loss log(Z)^2}; every parameter's gradient += that of
   // factor x (their sum). With factor = 1 / (number of targets in the global batch) it is the gradient of the
-  // mean.
-  void train(Step& step, const Input& input, double z_loss, double factor, Tensor loss /* += */);
+  // mean. `after_decoder`, where given, is called when the gradients of the decoder and of lm_head are
+  // complete and the encoder's backward is still to come.
+  void train(Step& step, const Input& input, double z_loss, double factor, Tensor loss /* += */,
+             const std::function<void()>& after_decoder = {});
   // Forward only; step.dropout_rate must be 0.
   void evaluate(Step& step, const Input& input, double z_loss, Tensor loss /* += */);
   // This rank's columns of all logits, S [B T, V].

@@ -81,11 +81,14 @@ ModelRunner::ModelRunner(Backend& backend, const Mesh& mesh, const ModelConfig& 
   saved_ = Arena(backend.allocate(memory.saved));
   scratch_ = Arena(backend.allocate(memory.scratch));
   flops_ = memory.flops;
-  for (std::size_t i = 0; options.train && i < store_.size(); ++i) {
+  if (!options.train) return;
+  std::vector<KvGradient> kv_gradients;
+  for (std::size_t i = 0; i < store_.size(); ++i) {
     const Partition& partition = store_.table()[i].partition;
     if (partition.kind != Partition::Kind::kKvGroups || store_.slice(i).replicas == 1) continue;
-    kv_gradients_.push_back({.gradient = store_.gradient(i), .kv_groups = partition.kv_groups});
+    kv_gradients.push_back({.gradient = store_.gradient(i), .kv_groups = partition.kv_groups});
   }
+  gradient_sync_ = std::make_unique<GradientSync>(mesh, std::move(kv_gradients));
 }
 
 Step ModelRunner::step(bool training) {
@@ -116,11 +119,17 @@ T5::Input ModelRunner::load(const Batch& batch) {
   return input;
 }
 
-void ModelRunner::train(const Batch& batch, const Position& position, double factor) {
+void ModelRunner::train(const Batch& batch, const Position& position, double factor, bool last) {
   Step run = step(/*training=*/true);
   run.dropout_key = Philox(position.seed, RandomPurpose::kDropout, static_cast<std::uint64_t>(position.step));
   run.first_sample = position.first_sample;
-  model_.train(run, load(batch), options_.z_loss, factor, losses_.tensor(DType::kFloat64, {2}));
+  const auto start_decoder = [this] {
+    const Tensor all = store_.all_gradients();
+    gradient_sync_->start(all.slice(0, store_.decoder_begin(), all[0]));
+    decoder_started_ = true;
+  };
+  model_.train(run, load(batch), options_.z_loss, factor, losses_.tensor(DType::kFloat64, {2}),
+               last ? start_decoder : std::function<void()>());
 }
 
 void ModelRunner::evaluate(const Batch& batch) {
@@ -145,7 +154,10 @@ LossSums ModelRunner::take_losses() {
 }
 
 void ModelRunner::synchronise_gradients() {
-  regroup::synchronise_gradients(mesh_, store_.all_gradients(), kv_gradients_);
+  const Tensor all = store_.all_gradients();
+  gradient_sync_->start(decoder_started_ ? all.slice(0, 0, store_.decoder_begin()) : all);
+  gradient_sync_->finish();
+  decoder_started_ = false;
 }
 
 }  // namespace regroup

@@ -45,15 +45,17 @@ class ModelRunner {
     index_t step = 0;
     index_t first_sample = 0;  // within the step's global batch
   };
-  // Gradients += those of `factor` x the sum of the losses.
-  void train(const Batch& batch, const Position& position, double factor);
+  // Gradients += those of `factor` x the sum of the losses. The `last` micro-batch of a step begins to sum
+  // the gradients over ranks while its backward goes on; synchronise_gradients() then has less to wait for.
+  // Collective where `last`.
+  void train(const Batch& batch, const Position& position, double factor, bool last = false);
   void evaluate(const Batch& batch);
   // The sums of everything run since the last call, over all data-parallel ranks. Collective over dp.
   LossSums take_losses();
   // This rank's columns of the logits, S [B T, V].
   void logits(const Batch& batch, Tensor logits);
 
-  // Sums the gradients over KV replicas and data-parallel ranks. Collective.
+  // Sums what is not summed yet of the gradients over KV replicas and data-parallel ranks. Collective.
   void synchronise_gradients();
   // Sets them to zero.
   void clear_gradients() { backend_.fill_zero(store_.all_gradients()); }
@@ -83,7 +85,8 @@ class ModelRunner {
   Buffer tokens_;  // int32: inputs, decoder inputs, targets
   Buffer losses_;  // float64 [3]
   std::vector<std::int32_t> decoder_ids_;
-  std::vector<KvGradient> kv_gradients_;
+  std::unique_ptr<GradientSync> gradient_sync_;  // in training
+  bool decoder_started_ = false;                 // the decoder's sums are on their way
   double targets_ = 0;
   double flops_ = 0;
 };

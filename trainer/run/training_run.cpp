@@ -232,10 +232,10 @@ void TrainingRun::train_step() {
                    {.seed = options_.seed,
                     .step = state_.step,
                     .first_sample = first + static_cast<index_t>(m) * micro_batch_},
-                   1 / agreed[0]);
+                   1 / agreed[0], /*last=*/m + 1 == micro_batches_.size());
   }
+  runner_->synchronise_gradients();  // issued before the losses are waited for
   const LossSums sums = runner_->take_losses();
-  runner_->synchronise_gradients();
   update(sums, began, waited);
 }
 

@@ -94,7 +94,8 @@ class Training {
       for (index_t m = 0; m < share; m += micro_batch_) {
         const index_t first = share * mesh_.dp_rank() + m;
         runner_.train(batch_of(step, first, micro_batch_),
-                      {.seed = kSeed, .step = step, .first_sample = first}, 1 / targets_of(step));
+                      {.seed = kSeed, .step = step, .first_sample = first}, 1 / targets_of(step),
+                      /*last=*/m + micro_batch_ == share);
       }
       outcome.losses.push_back(runner_.take_losses().mean());
       runner_.synchronise_gradients();
