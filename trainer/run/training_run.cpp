@@ -185,7 +185,28 @@ void TrainingRun::evaluate() {
   log_.info("step {}: held-out loss {:.4f} over {} targets", state_.step, sums.mean(), format_count(targets));
 }
 
+// What this rank's device chose by measuring: a run that goes on with the same choices gives the same bits.
+std::filesystem::path TrainingRun::tuning_file() const {
+  return options_.run / "tuning" / fmt::format("rank-{:05}.json", world_.rank());
+}
+
+void TrainingRun::take_up_tuning() {
+  world_.run_together([this] {
+    if (std::filesystem::exists(tuning_file())) backend_->set_tuning(read_text(tuning_file()));
+  });
+}
+
+void TrainingRun::keep_tuning() {
+  world_.run_together([this] {
+    const std::string text = backend_->tuning();
+    if (text.empty()) return;
+    regroup::create_directories(tuning_file().parent_path());
+    write_text(tuning_file(), text);
+  });
+}
+
 void TrainingRun::save() {
+  keep_tuning();
   PendingStep pending = checkpoints_.begin(state_.step);
   pending.write_text("config.json", to_json(config_));
   pending.copy_file("tokenizer.model", corpus_->tokenizer_file());
@@ -276,6 +297,7 @@ void TrainingRun::update(const LossSums& sums, double began, double waited) {
 void TrainingRun::start() {
   RankDevice device = open_device(options_, world_, log_);
   backend_ = std::move(device.backend);
+  if (resuming()) take_up_tuning();
   std::vector<index_t> groups = {config_.kv_groups, config_.encoder_kv_groups};
   if (source_) groups.insert(groups.end(), {source_->config.kv_groups, source_->config.encoder_kv_groups});
   mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);

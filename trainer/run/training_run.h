@@ -48,6 +48,9 @@ class TrainingRun {
   void start();
   void train_step();
   void update(const LossSums& sums, double began, double waited);
+  std::filesystem::path tuning_file() const;
+  void take_up_tuning();
+  void keep_tuning();
   LossSums held_out(ModelRunner& runner);
   void evaluate();
   void save();
