@@ -29,6 +29,55 @@ struct DropoutWords {
   __device__ S one(std::uint64_t element) const {
     return key(element / 4)[element % 4] >= threshold ? static_cast<S>(kept) : S{0};
   }
+  // The factors of elements first .. first + N - 1: one draw for every four that lie in one counter.
+  template <int N, class S>
+  __device__ void factors(std::uint64_t first, S (&result)[N]) const {
+    constexpr int kCounters = (N + 6) / 4;  // that N elements touch at most
+    const auto skipped = static_cast<unsigned>(first % 4);
+    std::uint32_t words[4 * kCounters] = {};
+#pragma unroll
+    for (int c = 0; c < kCounters; ++c) {
+      if (4 * c >= static_cast<int>(skipped) + N) break;
+      const auto four = key(first / 4 + static_cast<unsigned>(c));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[4 * c + j] = four[static_cast<std::size_t>(j)];
+    }
+    // Moved down by `skipped`, in two steps that leave the words in registers.
+#pragma unroll
+    for (int j = 0; j + 1 < 4 * kCounters; ++j) words[j] = (skipped & 1) != 0 ? words[j + 1] : words[j];
+#pragma unroll
+    for (int j = 0; j + 2 < 4 * kCounters; ++j) words[j] = (skipped & 2) != 0 ? words[j + 2] : words[j];
+#pragma unroll
+    for (int j = 0; j < N; ++j) result[j] = words[j] >= threshold ? static_cast<S>(kept) : S{0};
+  }
+};
+
+// Dropout of the rows of a [rows, columns] matrix (struct Dropout). Passed by value into kernels.
+class DropoutFactors {
+ public:
+  DropoutFactors(const Dropout& dropout, index_t columns)
+      : words_(dropout.key, dropout.rate),
+        active_(dropout.rate > 0),
+        columns_(columns),
+        global_columns_(dropout.columns),
+        first_(dropout.first_row * dropout.columns + dropout.first_column) {}
+
+  // The factors of elements (row, column) .. (row, column + N - 1).
+  template <int N, class S>
+  __device__ void at(index_t row, index_t column, S (&result)[N]) const {
+    if (active_) {
+      words_.factors(static_cast<std::uint64_t>(first_ + row * global_columns_ + column), result);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) result[j] = S{1};
+    }
+  }
+  __host__ __device__ index_t columns() const { return columns_; }
+
+ private:
+  DropoutWords words_;
+  bool active_;
+  index_t columns_, global_columns_, first_;
 };
 
 }  // namespace regroup

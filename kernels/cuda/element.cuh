@@ -43,4 +43,29 @@ __device__ void store_pack(T* to, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
+// x = N neighbouring elements, in accesses of at most 16 bytes: `from` is aligned to 16 bytes, or to
+// N sizeof(T) where that is less.
+template <int N, class T, class S>
+__device__ void load_values(const T* from, S (&x)[N]) {
+  constexpr int kPart = N < kPackSize<T> ? N : kPackSize<T>;
+#pragma unroll
+  for (int part = 0; part < N; part += kPart) {
+    const Pack<T, kPart> pack = load_pack<kPart>(from + part);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) x[part + i] = static_cast<S>(widen(pack.at[i]));
+  }
+}
+// The inverse: rounded to T.
+template <int N, class T, class S>
+__device__ void store_values(T* to, const S (&x)[N]) {
+  constexpr int kPart = N < kPackSize<T> ? N : kPackSize<T>;
+#pragma unroll
+  for (int part = 0; part < N; part += kPart) {
+    Pack<T, kPart> pack;
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) pack.at[i] = rounded<T>(static_cast<stat_t<T>>(x[part + i]));
+    store_pack<kPart>(to + part, pack);
+  }
+}
+
 }  // namespace regroup

@@ -1,3 +1,4 @@
 # The CUDA ops, for nvcc and for the emulation that tests them without a GPU (tests/cuda_emulation).
 set(regroup_cuda_sources
-  cuda_device.cpp cuda_backend.cpp matmul.cpp matmul_choices.cpp memory.cu unfinished.cpp)
+  cuda_device.cpp cuda_backend.cpp matmul.cpp matmul_choices.cpp unfinished.cpp
+  memory.cu activation.cu norm.cu)

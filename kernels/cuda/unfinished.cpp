@@ -1,28 +1,6 @@
 #include "kernels/cuda/cuda_backend.h"
 
 namespace regroup {
-void CudaBackend::do_fill_zero(Tensor) { throw InternalError("do_fill_zero is unfinished"); }
-void CudaBackend::do_copy(Tensor, Tensor) { throw InternalError("do_copy is unfinished"); }
-void CudaBackend::do_cast(Tensor, Tensor) { throw InternalError("do_cast is unfinished"); }
-void CudaBackend::do_add(Tensor, Tensor, Tensor) { throw InternalError("do_add is unfinished"); }
-void CudaBackend::do_rms_norm(Tensor, Tensor, Tensor, Tensor, double) {
-  throw InternalError("do_rms_norm is unfinished");
-}
-void CudaBackend::do_rms_norm_backward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
-  throw InternalError("do_rms_norm_backward is unfinished");
-}
-void CudaBackend::do_gated_gelu(Tensor, Tensor, const Dropout&) {
-  throw InternalError("do_gated_gelu is unfinished");
-}
-void CudaBackend::do_gated_gelu_backward(Tensor, Tensor, Tensor, const Dropout&) {
-  throw InternalError("do_gated_gelu_backward is unfinished");
-}
-void CudaBackend::do_dropout_add(Tensor, Tensor, Tensor, const Dropout&) {
-  throw InternalError("do_dropout_add is unfinished");
-}
-void CudaBackend::do_dropout_backward(Tensor, Tensor, const Dropout&) {
-  throw InternalError("do_dropout_backward is unfinished");
-}
 void CudaBackend::do_embedding(Tensor, Tensor, index_t, Tensor) {
   throw InternalError("do_embedding is unfinished");
 }
