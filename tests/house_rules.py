@@ -199,7 +199,7 @@ def project_headers(source):
 # (rule, names of headers, prefixes of the paths that may include them)
 LIBRARY_HEADERS = (
     ("mpi", r"mpi\.h|mpi-ext\.h|nccl\.h", ("parallel/", "tests/support/")),
-    ("cuda", r"(.*/)?(cuda|cublas|cudnn)[^/]*(/.*)?", ("kernels/cuda/", "parallel/nccl_")),
+    ("cuda", r"(.*/)?(cuda|cublas|cudnn)[^/]*(/.*)?", ("kernels/cuda/", "parallel/nccl_", "tests/cuda_emulation/")),
     ("onednn", r"oneapi/dnnl/.*|dnnl.*\.h(pp)?", ("kernels/cpu/",)),
 )
 
@@ -243,7 +243,13 @@ NOT_A_VARIABLE = re.compile(
 )
 
 
+# The emulated GPU: kernels name their thread by global variables.
+GLOBAL_STATE = "tests/cuda_emulation/machine.cpp"
+
+
 def mutable_statics(source):
+    if source.path == GLOBAL_STATE:
+        return
     for scope, line, text in statements(source.plain):
         declaration = text[:-1].strip()
         is_static = re.match(r"(\[\[.*?\]\]\s*|inline\s+|template\s*<.*?>\s*)*(static|constinit)\b", declaration, re.DOTALL)
@@ -392,6 +398,7 @@ CLEAN = {
     "trainer/main.cpp": '#include "trainer/commands/train.h"\nint main() { return 0; }\n',
     "tests/model_test.cpp": '#include "trainer/model/t5.h"\n#include "trainer/commands/train.h"\n'
     'const char* shared() { return std::getenv("SHARED"); }\nvoid* operator new(std::size_t size);\n',
+    "tests/cuda_emulation/machine.cpp": "#include <cuda_runtime_api.h>\nMachine machine;\n",
     "data/fine.cpp": r'''
 // std::cout << new int; static int x; using namespace std; exit(1) - only words, as are "thread_local" and abort().
 #include <new>
@@ -489,6 +496,7 @@ SEEDS = (
     ("feature #if", "kernels/bad.h", H + "#ifndef BAD_H\n#endif\n", 2),
     ("feature #if", "kernels/bad.cpp", "void f() { auto b = make_backend(o); }\n#if 0\n#endif\n", 2),
     ("mutable static", "data/bad.cpp", "namespace a {\nstatic int count = 0;\n}\n", 2),
+    ("mutable static", "tests/cuda_emulation/bad.cpp", "Machine machine;\n", 1),
     ("mutable static", "data/bad.cpp", "namespace a {\n\nint count;\n}\n", 3),
     ("mutable static", "data/bad.cpp", "std::map<int, int> cache = {{1, 2}};\n", 1),
     ("mutable static", "data/bad.cpp", "std::atomic<bool> stop{false};\n", 1),

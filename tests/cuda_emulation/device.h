@@ -1,0 +1,61 @@
+// The memory of the emulated device and the limits of its kernels.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+
+#include "tests/cuda_emulation/guarded_memory.h"
+
+namespace regroup::emulation {
+
+class Device {
+ public:
+  static constexpr std::size_t kMemoryBytes = std::size_t{4} << 30;
+  static constexpr std::size_t kDefaultSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
+
+  // Memory that only kernels, copies and cuBLAS may touch: everybody else crashes. Null where kMemoryBytes
+  // are in use.
+  void* allocate(std::size_t bytes);
+  // Memory of the host, which everybody may touch.
+  void* allocate_pinned(std::size_t bytes);
+  // False where `address` is not the begin of such memory.
+  bool free(void* address);
+  bool free_pinned(void* address);
+
+  std::size_t used() const { return used_; }
+  // Whether all of these bytes are device memory.
+  bool contains(const void* address, std::size_t bytes) const;
+
+  void allow_shared(const void* kernel, std::size_t bytes) { shared_bytes_[kernel] = bytes; }
+  std::size_t allowed_shared(const void* kernel) const;
+
+  // 0, 1, 2...
+  unsigned next_stream() { return streams_++; }
+
+  // While one exists, device memory may be touched.
+  class Access {
+   public:
+    explicit Access(Device& device) : device_(device) { device_.make_accessible(true); }
+    ~Access() { device_.make_accessible(false); }
+    Access(const Access&) = delete;
+    Access& operator=(const Access&) = delete;
+
+   private:
+    Device& device_;
+  };
+
+ private:
+  using Blocks = std::map<const void*, std::unique_ptr<GuardedMemory>>;
+  void make_accessible(bool accessible);
+
+  Blocks device_, pinned_;
+  std::size_t used_ = 0;
+  std::map<const void*, std::size_t> shared_bytes_;
+  unsigned streams_ = 0;
+};
+
+// The one device there is.
+Device& device();
+
+}  // namespace regroup::emulation

@@ -1,0 +1,92 @@
+// Twin of the header of this name for the emulation: the same functions, by what the PTX ISA says they do.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/base/error.h"
+#include "tests/cuda_emulation/machine.h"
+
+namespace regroup::ptx {
+
+// Element `half` (0: the lower bits) of a register of two bfloat16.
+inline float bf16_of(std::uint32_t pair, int half) {
+  return std::bit_cast<float>(half == 0 ? pair << 16 : pair & 0xFFFF0000U);
+}
+
+// Products of bfloat16 are exact in float; a Tensor Core's order of the sum is its own.
+inline void mma_bf16_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  struct Slot {
+    float* d;
+    const std::uint32_t *a, *b;
+  };
+  Slot mine{d, a, b};
+  emulation::collective("mma", mine, [](const emulation::Slots<Slot>& lanes) {
+    float left[16][16], right[16][8];
+    for (int l = 0; l < 32; ++l) {
+      check(lanes[l] != nullptr, "mma by a warp that the block does not fill");
+      const int g = l / 4, t = l % 4;
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i)
+          left[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = bf16_of(lanes[l]->a[i], half);
+        for (int i = 0; i < 2; ++i) right[2 * t + i * 8 + half][g] = bf16_of(lanes[l]->b[i], half);
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = l / 4 + i / 2 * 8, column = 2 * (l % 4) + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        lanes[l]->d[i] += sum;
+      }
+    }
+  });
+}
+
+// `transposed`: lane l receives elements (2 (l % 4).., l / 4) of each matrix.
+inline void load_matrices(const char* what, std::uint32_t (&registers)[4], const void* row, bool transposed) {
+  struct Slot {
+    std::uint32_t* registers;
+    const void* row;
+  };
+  Slot mine{registers, row};
+  emulation::collective(what, mine, [transposed](const emulation::Slots<Slot>& lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::uint16_t elements[8][8];
+      for (int r = 0; r < 8; ++r) {
+        check(lanes[8 * matrix + r] != nullptr, "ldmatrix by a warp that the block does not fill");
+        const void* address = lanes[8 * matrix + r]->row;
+        check(reinterpret_cast<std::uintptr_t>(address) % 16 == 0, "ldmatrix of a row that is not aligned");
+        std::memcpy(elements[r], address, sizeof elements[r]);
+      }
+      for (int l = 0; l < 32; ++l) {
+        const int g = l / 4, t = 2 * (l % 4);
+        const std::uint32_t low = transposed ? elements[t][g] : elements[g][t];
+        const std::uint32_t high = transposed ? elements[t + 1][g] : elements[g][t + 1];
+        lanes[l]->registers[matrix] = low | high << 16;
+      }
+    }
+  });
+}
+inline void ldmatrix_x4(std::uint32_t (&registers)[4], const void* row) {
+  load_matrices("ldmatrix", registers, row, false);
+}
+inline void ldmatrix_x4_transposed(std::uint32_t (&registers)[4], const void* row) {
+  load_matrices("ldmatrix.trans", registers, row, true);
+}
+
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+  for (const void* address : {static_cast<const void*>(shared), global}) {
+    check(reinterpret_cast<std::uintptr_t>(address) % 16 == 0, "cp.async of an address that is not aligned");
+  }
+  emulation::copy_later(shared, global, 16, valid);
+}
+inline void cp_async_commit() { emulation::commit_copies(); }
+template <int pending>
+void cp_async_wait() {
+  emulation::wait_for_copies(pending);
+}
+
+}  // namespace regroup::ptx

@@ -1,0 +1,7 @@
+#include "tests/support/devices.h"
+
+namespace regroup::test {
+
+std::vector<DeviceKind> test_devices() { return {DeviceKind::kCuda}; }
+
+}  // namespace regroup::test
