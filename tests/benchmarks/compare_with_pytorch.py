@@ -18,8 +18,8 @@ from pathlib import Path
 
 
 def regroup(arguments):
-    shape = [arguments.size, arguments.batch, arguments.inputs, arguments.targets, arguments.dtype, arguments.kv_groups]
-    command = [arguments.regroup, *map(str, shape), str(arguments.steps), str(arguments.threads)]
+    names = ("size", "batch", "inputs", "targets", "dtype", "kv_groups", "steps", "threads")
+    command = [arguments.regroup, *(f"{name.replace('_', '-')}={getattr(arguments, name)}" for name in names)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Times a full training step (forward, backward, Adafactor) of Hugging Face transformers' T5 1.1
-in PyTorch on the CPU, on random tokens without padding. Tokens/s is (inputs + targets) * batch
+in PyTorch, on random tokens without padding. Tokens/s is (inputs + targets) * batch
 over the median step. Needs torch >= 1.13 and a transformers version that works with it."""
 
 import argparse
@@ -13,6 +13,7 @@ import time
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=512, help="encoder tokens per row")
@@ -56,7 +57,7 @@ def build_model(torch, arguments):
     assert not getattr(config, "scale_decoder_outputs", False)
     if arguments.dtype == "bf16" and arguments.mode == "bf16-weights":
         model = model.to(torch.bfloat16)
-    return model.train()
+    return model.to(arguments.device).train()
 
 
 def main():
@@ -80,16 +81,21 @@ def main():
                                        (arguments.batch, arguments.targets)))
     if arguments.mask:
         inputs["attention_mask"] = torch.ones(size, dtype=torch.long)
+    inputs = {name: tensor.to(arguments.device) for name, tensor in inputs.items()}
+    wait = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
 
     def step():
         times = [time.perf_counter()]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=autocast):
             loss = forward(**inputs).loss
+        wait()
         times.append(time.perf_counter())
         loss.backward()
+        wait()
         times.append(time.perf_counter())
         optimizer.step()
         optimizer.zero_grad()
+        wait()
         times.append(time.perf_counter())
         return loss.item(), [end - start for start, end in zip(times, times[1:])]
 

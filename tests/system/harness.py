@@ -39,7 +39,8 @@ ENVIRONMENT = {
 MODEL = ["--model", "tiny", "--d-model", 128, "--d-ff", 160, "--layers", 1, "--heads", 4, "--d-kv", 16]
 DATA = ["--inputs-length", 32, "--batch-size", 8, "--evaluation-samples", 16, "--workers", 1]
 
-options = argparse.Namespace(trainer=None, mpiexec="mpirun --oversubscribe --bind-to none", kills=10, seed=1)
+options = argparse.Namespace(trainer=None, mpiexec="mpirun --oversubscribe --bind-to none", device="cpu",
+                             kills=10, seed=1)
 
 
 # ---- The corpus ----------------------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ def changed(arguments, *changes):
 
 def command_of(arguments, ranks):
     words = [str(word) for word in arguments]
+    if options.device != "cpu" and {"--pretrain", "--uptrain", "--evaluate"}.intersection(words):
+        words += ["--device", options.device]
     if ranks == 1:
         return [options.trainer, *words]
     return [*shlex.split(options.mpiexec), "-n", str(ranks), options.trainer, *words]
@@ -361,6 +364,7 @@ def main():
     parser = argparse.ArgumentParser(description="Tests of the program, under mpirun.")
     parser.add_argument("--trainer", required=True, type=os.path.abspath)
     parser.add_argument("--mpiexec", default=options.mpiexec, help="the launcher and its flags, as one word")
+    parser.add_argument("--device", default=options.device, help="that training and evaluation run on")
     parser.add_argument("--kills", type=int, default=options.kills, help="of the resume test")
     parser.add_argument("--seed", type=int, default=options.seed, help="of the moments of the kills")
     _, left = parser.parse_known_args(namespace=options)

@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/file.h"
-#include "kernels/cpu/cpu_backend.h"
+#include "tests/support/devices.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/run/model_runner.h"
 
@@ -91,11 +91,12 @@ double relative_error(const std::vector<double>& values, const std::vector<doubl
 
 // The model with the fixture's weights, ready to run its batch.
 struct Model {
-  Model(const Golden& golden, DType dtype, bool recompute = false)
-      : mesh(Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0,
+  Model(DeviceKind device, const Golden& golden, DType dtype, bool recompute = false)
+      : backend(test::make_test_backend(device)),
+        mesh(Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0,
                         {golden.config().kv_groups, golden.config().encoder_kv_groups})),
         batch(golden.batch()),
-        runner(backend, mesh, golden.config(),
+        runner(*backend, mesh, golden.config(),
                {.compute = dtype,
                 .micro_batch = batch.size,
                 .inputs_length = batch.inputs_length,
@@ -108,8 +109,8 @@ struct Model {
       const std::vector<double> wide = golden.values("weights." + store.table()[i].name);
       const std::vector<float> narrow_values(wide.begin(), wide.end());
       const bool is_wide = dtype == DType::kFloat64;
-      backend.copy_from_host(is_wide ? static_cast<const void*>(wide.data()) : narrow_values.data(),
-                             store.master(i));
+      backend->copy_from_host(is_wide ? static_cast<const void*>(wide.data()) : narrow_values.data(),
+                              store.master(i));
     }
     store.refresh_weights();
   }
@@ -125,13 +126,14 @@ struct Model {
     return (sums.cross_entropy + sums.z_loss) / sums.targets;
   }
 
-  CpuBackend backend{2};
+  std::unique_ptr<Backend> backend;
   Mesh mesh;
   Batch batch;
   ModelRunner runner;
 };
 
 struct Case {
+  DeviceKind device;
   std::string name;
   DType dtype;
   bool recompute = false;
@@ -141,14 +143,14 @@ class GoldenTest : public testing::TestWithParam<Case> {};
 
 TEST_P(GoldenTest, LossAndGradientsAreThoseOfTransformers) {
   const Golden golden(GetParam().name);
-  Model model(golden, GetParam().dtype, GetParam().recompute);
+  Model model(GetParam().device, golden, GetParam().dtype, GetParam().recompute);
   const double loss = model.train();
   const double expected = golden.values("loss")[0];
   EXPECT_NEAR(loss, expected, 1e-5 * std::abs(expected));
   const ParameterStore& store = model.runner.parameters();
   for (std::size_t i = 0; i < store.size(); ++i) {
     const std::string& name = store.table()[i].name;
-    EXPECT_LT(relative_error(host(model.backend, store.gradient(i)), golden.values("gradients." + name)),
+    EXPECT_LT(relative_error(host(*model.backend, store.gradient(i)), golden.values("gradients." + name)),
               1e-3)
         << name;
   }
@@ -156,13 +158,13 @@ TEST_P(GoldenTest, LossAndGradientsAreThoseOfTransformers) {
 
 TEST_P(GoldenTest, LogitsAreThoseOfTransformers) {
   const Golden golden(GetParam().name);
-  Model model(golden, GetParam().dtype);
+  Model model(GetParam().device, golden, GetParam().dtype);
   const index_t rows = model.batch.size * model.batch.targets_length;
   const DType stat = stat_dtype(GetParam().dtype);
-  const Buffer buffer = model.backend.allocate(rows * golden.config().vocab_size * size_of(stat));
+  const Buffer buffer = model.backend->allocate(rows * golden.config().vocab_size * size_of(stat));
   const Tensor logits = buffer.tensor(stat, {rows, golden.config().vocab_size});
   model.runner.logits(model.batch, logits);
-  const std::vector<double> values = host(model.backend, logits);
+  const std::vector<double> values = host(*model.backend, logits);
   const std::vector<double> expected = golden.values("logits");
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (model.batch.targets[i / static_cast<std::size_t>(golden.config().vocab_size)] == 0) continue;
@@ -172,28 +174,32 @@ TEST_P(GoldenTest, LogitsAreThoseOfTransformers) {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "zloss", "long"}) {
-    all.push_back({name, DType::kFloat32});
-    all.push_back({name, DType::kFloat64, /*recompute=*/true});
+  for (const DeviceKind device : test::test_devices()) {
+    for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "zloss", "long"}) {
+      all.push_back({device, name, DType::kFloat32});
+      all.push_back({device, name, DType::kFloat64, /*recompute=*/true});
+    }
   }
   return all;
 }
 
 INSTANTIATE_TEST_SUITE_P(All, GoldenTest, testing::ValuesIn(cases()), [](const auto& param) {
-  return param.param.name + "_" + std::string(name_of(param.param.dtype)) +
-         (param.param.recompute ? "_recompute" : "");
+  return std::string(test::name_of(param.param.device)) + "_" + param.param.name + "_" +
+         std::string(name_of(param.param.dtype)) + (param.param.recompute ? "_recompute" : "");
 });
 
-TEST(GoldenBFloat16, LossIsCloseAndGradientsPointTheSameWay) {
+class GoldenOnDevice : public testing::TestWithParam<DeviceKind> {};
+
+TEST_P(GoldenOnDevice, BFloat16LossIsCloseAndGradientsPointTheSameWay) {
   for (const char* name : {"mha", "gqa2", "mqa"}) {
     const Golden golden(name);
-    Model model(golden, DType::kBFloat16);
+    Model model(GetParam(), golden, DType::kBFloat16);
     const double expected = golden.values("loss")[0];
     EXPECT_NEAR(model.train(), expected, 1e-2 * expected) << name;
     const ParameterStore& store = model.runner.parameters();
     double dot = 0, norm = 0, expected_norm = 0;
     for (std::size_t i = 0; i < store.size(); ++i) {
-      const std::vector<double> gradient = host(model.backend, store.gradient(i));
+      const std::vector<double> gradient = host(*model.backend, store.gradient(i));
       const std::vector<double> reference = golden.values("gradients." + store.table()[i].name);
       for (std::size_t k = 0; k < gradient.size(); ++k) {
         dot += gradient[k] * reference[k];
@@ -205,11 +211,11 @@ TEST(GoldenBFloat16, LossIsCloseAndGradientsPointTheSameWay) {
   }
 }
 
-TEST(GoldenGradients, AccumulateOverMicroBatches) {
+TEST_P(GoldenOnDevice, GradientsAccumulateOverMicroBatches) {
   const Golden golden("gqa2");
-  Model model(golden, DType::kFloat64);
+  Model model(GetParam(), golden, DType::kFloat64);
   model.train();
-  const std::vector<double> whole = host(model.backend, model.runner.parameters().all_gradients());
+  const std::vector<double> whole = host(*model.backend, model.runner.parameters().all_gradients());
   model.runner.clear_gradients();
   const Batch all = model.batch;
   for (index_t b = 0; b < all.size; ++b) {
@@ -223,8 +229,11 @@ TEST(GoldenGradients, AccumulateOverMicroBatches) {
                        .targets = row(all.targets, all.targets_length)};
     model.runner.train(one, {}, 1 / model.targets());
   }
-  EXPECT_LT(relative_error(host(model.backend, model.runner.parameters().all_gradients()), whole), 1e-13);
+  EXPECT_LT(relative_error(host(*model.backend, model.runner.parameters().all_gradients()), whole), 1e-13);
 }
+
+INSTANTIATE_TEST_SUITE_P(All, GoldenOnDevice, testing::ValuesIn(test::test_devices()),
+                         [](const auto& param) { return std::string(test::name_of(param.param)); });
 
 }  // namespace
 }  // namespace regroup

@@ -5,7 +5,8 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "parallel/host_staged_communicator.h"
+#include "tests/support/devices.h"
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
 #include "trainer/run/model_runner.h"
@@ -61,11 +62,15 @@ struct Outcome {
 // Three steps on a mesh; gradients are those of the last step.
 class Training {
  public:
-  Training(const Mesh& mesh, const ModelConfig& config, index_t micro_batch, bool recompute,
-           bool adamw = false)
-      : mesh_(mesh),
+  Training(DeviceKind device, const ProcessGroup& group, Layout layout, const ModelConfig& config,
+           index_t micro_batch, bool recompute, bool adamw = false)
+      : backend_(test::make_test_backend(device, 1)),
+        mesh_(group, layout, {config.kv_groups, config.encoder_kv_groups},
+              [this](std::string name, const ProcessGroup& axis) {
+                return make_host_staged_communicator(std::move(name), axis, *backend_);
+              }),
         micro_batch_(micro_batch),
-        runner_(backend_, mesh, config,
+        runner_(*backend_, mesh_, config,
                 {.compute = DType::kFloat32,
                  .micro_batch = micro_batch,
                  .inputs_length = kInputs,
@@ -79,10 +84,10 @@ class Training {
       // An epsilon of the gradients' own size: with Adam's usual one the first steps are the gradient's
       // signs, and rounding turns over those of elements near 0.
       optimizer_ = std::make_unique<AdamW>(
-          backend_, runner_.parameters(), mesh,
+          *backend_, runner_.parameters(), mesh_,
           AdamW::Options{.epsilon = 1e-2, .weight_decay = 0.1, .scale_by_rms = true, .max_gradient_norm = 1});
     } else {
-      optimizer_ = std::make_unique<Adafactor>(backend_, runner_.parameters(), mesh, Adafactor::Options{});
+      optimizer_ = std::make_unique<Adafactor>(*backend_, runner_.parameters(), mesh_, Adafactor::Options{});
     }
   }
 
@@ -104,18 +109,28 @@ class Training {
     return outcome;
   }
 
-  ParameterStore& parameters() { return runner_.parameters(); }
+  const ParameterStore& parameters() { return runner_.parameters(); }
+  std::vector<float> host(Tensor tensor) {
+    std::vector<float> values(static_cast<std::size_t>(tensor.numel()));
+    backend_->copy_to_host(tensor, values.data());
+    return values;
+  }
 
  private:
-  CpuBackend backend_{1};
-  const Mesh& mesh_;
+  std::unique_ptr<Backend> backend_;
+  Mesh mesh_;
   index_t micro_batch_;
   ModelRunner runner_;
   std::unique_ptr<Optimizer> optimizer_;
 };
 
-// |a - b| / |b| of this rank's slice `part` against the same part of the whole tensor.
-double relative_error(Tensor part, const Slice& slice, Tensor whole) {
+// |a - b| / |b| of a run's slice `part` against the same part of the reference's whole tensor.
+double relative_error(Training& run, Tensor on_device, const Slice& slice, Training& reference,
+                      Tensor whole_on_device) {
+  std::vector<float> values = run.host(on_device), whole_values = reference.host(whole_on_device);
+  Tensor part = on_device, whole = whole_on_device;
+  part.data = values.data();
+  whole.data = whole_values.data();
   const Tensor expected = whole.slice(slice.dim, slice.begin, slice.end);
   const index_t columns = part.rank == 2 ? part[1] : 1;
   double difference = 0, norm = 0;
@@ -131,6 +146,7 @@ double relative_error(Tensor part, const Slice& slice, Tensor whole) {
 }
 
 struct LayoutCase {
+  DeviceKind device;
   index_t kv_groups, encoder_kv_groups;
   bool recompute, adamw;
 };
@@ -138,28 +154,31 @@ struct LayoutCase {
 class LayoutTest : public testing::TestWithParam<LayoutCase> {};
 
 TEST_P(LayoutTest, EqualsOneRank) {
-  const auto [kv_groups, encoder_kv_groups, recompute, adamw] = GetParam();
+  const auto [device, kv_groups, encoder_kv_groups, recompute, adamw] = GetParam();
   const ModelConfig config = config_of(kv_groups, encoder_kv_groups);
-  const std::vector<index_t> groups = {kv_groups, encoder_kv_groups};
   const ProcessGroup world = ProcessGroup::world();
-  const Mesh alone(world.split(world.rank(), 0), {.data_parallel = 1, .tensor_parallel = 1}, groups);
-  Training reference(alone, config, kSamples, /*recompute=*/false, adamw);
+  Training reference(device, world.split(world.rank(), 0), Layout{}, config, kSamples, /*recompute=*/false,
+                     adamw);
   const Outcome expected = reference.train();
   for (int tp = 1; tp <= world.size(); tp *= 2) {
     const Layout layout = {.data_parallel = world.size() / tp, .tensor_parallel = tp};
-    const Mesh mesh(world, layout, groups);
-    Training run(mesh, config, std::min<index_t>(2, kSamples / layout.data_parallel), recompute, adamw);
+    Training run(device, world, layout, config, std::min<index_t>(2, kSamples / layout.data_parallel),
+                 recompute, adamw);
     const Outcome outcome = run.train();
     for (std::size_t step = 0; step < kSteps; ++step) {
       EXPECT_NEAR(outcome.losses[step], expected.losses[step], 1e-5 * expected.losses[step]) << "tp " << tp;
       EXPECT_NEAR(outcome.norms[step], expected.norms[step], 1e-5 * expected.norms[step]) << "tp " << tp;
     }
-    ParameterStore& store = run.parameters();
+    const ParameterStore& store = run.parameters();
     for (std::size_t i = 0; i < store.size(); ++i) {
       const std::string where = fmt::format("{} at tp {}", store.table()[i].name, tp);
-      EXPECT_LT(relative_error(store.gradient(i), store.slice(i), reference.parameters().gradient(i)), 1e-5)
+      EXPECT_LT(relative_error(run, store.gradient(i), store.slice(i), reference,
+                               reference.parameters().gradient(i)),
+                1e-5)
           << where;
-      EXPECT_LT(relative_error(store.master(i), store.slice(i), reference.parameters().master(i)), 1e-5)
+      EXPECT_LT(
+          relative_error(run, store.master(i), store.slice(i), reference, reference.parameters().master(i)),
+          1e-5)
           << where;
     }
   }
@@ -167,42 +186,46 @@ TEST_P(LayoutTest, EqualsOneRank) {
 
 std::vector<LayoutCase> layout_cases() {
   std::vector<LayoutCase> cases;
-  for (const index_t kv_groups : {1, 2, 4, 8}) {
-    for (const bool recompute : {false, true}) cases.push_back({kv_groups, 8, recompute, false});
+  for (const DeviceKind device : test::test_devices()) {
+    for (const index_t kv_groups : {1, 2, 4, 8}) {
+      for (const bool recompute : {false, true}) cases.push_back({device, kv_groups, 8, recompute, false});
+    }
+    cases.push_back({device, 2, 1, false, false});
+    cases.push_back({device, 1, 8, false, true});
   }
-  cases.push_back({2, 1, false, false});
-  cases.push_back({1, 8, false, true});
   return cases;
 }
 
 INSTANTIATE_TEST_SUITE_P(Groups, LayoutTest, testing::ValuesIn(layout_cases()), [](const auto& param) {
   const LayoutCase& c = param.param;
-  return fmt::format("G{}_encoder{}{}{}", c.kv_groups, c.encoder_kv_groups, c.recompute ? "_recompute" : "",
-                     c.adamw ? "_adamw" : "");
+  return fmt::format("{}_G{}_encoder{}{}{}", test::name_of(c.device), c.kv_groups, c.encoder_kv_groups,
+                     c.recompute ? "_recompute" : "", c.adamw ? "_adamw" : "");
 });
 
 // Dropout really drops: the comparison above would pass without it.
-TEST(LayoutDropout, ChangesTheLoss) {
+class OnDevice : public testing::TestWithParam<DeviceKind> {};
+
+TEST_P(OnDevice, DropoutChangesTheLoss) {
   const ProcessGroup world = ProcessGroup::world();
-  const Mesh alone(world.split(world.rank(), 0), {.data_parallel = 1, .tensor_parallel = 1}, {8});
+  const ProcessGroup alone = world.split(world.rank(), 0);
   ModelConfig plain = config_of(8, 8);
   plain.dropout_rate = 0;
-  Training with(alone, config_of(8, 8), kSamples, false);
-  Training without(alone, plain, kSamples, false);
+  Training with(GetParam(), alone, Layout{}, config_of(8, 8), kSamples, false);
+  Training without(GetParam(), alone, Layout{}, plain, kSamples, false);
   EXPECT_GT(std::abs(with.train().losses[0] - without.train().losses[0]), 1e-3);
 }
 
-// The same layout gives the same bits.
-TEST(LayoutRepeat, GivesTheSameBits) {
+TEST_P(OnDevice, TheSameLayoutGivesTheSameBits) {
   const ProcessGroup world = ProcessGroup::world();
-  const Mesh mesh(world, {.data_parallel = 1, .tensor_parallel = world.size()}, {2, 8});
-  Training first(mesh, config_of(2, 8), 4, false);
-  Training second(mesh, config_of(2, 8), 4, false);
+  const Layout layout = {.data_parallel = 1, .tensor_parallel = world.size()};
+  Training first(GetParam(), world, layout, config_of(2, 8), 4, false);
+  Training second(GetParam(), world, layout, config_of(2, 8), 4, false);
   EXPECT_EQ(first.train().losses, second.train().losses);
-  const Tensor a = first.parameters().all_masters();
-  const Tensor b = second.parameters().all_masters();
-  EXPECT_TRUE(std::equal(a.as<float>(), a.as<float>() + a.numel(), b.as<float>()));
+  EXPECT_EQ(first.host(first.parameters().all_masters()), second.host(second.parameters().all_masters()));
 }
+
+INSTANTIATE_TEST_SUITE_P(All, OnDevice, testing::ValuesIn(test::test_devices()),
+                         [](const auto& param) { return std::string(test::name_of(param.param)); });
 
 }  // namespace
 }  // namespace regroup
