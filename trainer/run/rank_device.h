@@ -5,7 +5,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/base/log.h"
-#include "parallel/communicator.h"
+#include "parallel/mesh.h"
 #include "trainer/options.h"
 
 namespace regroup {
@@ -20,5 +20,9 @@ struct RankDevice {
 // through host memory; --collectives insists on one. Logs which rank has which GPU. Collective; UserError on
 // every rank where it cannot be.
 RankDevice open_device(const Options& options, const ProcessGroup& world, const Log& log);
+
+// Logs of each axis of several ranks how its tensors travel and how fast: bytes a second of a 64 MiB sum,
+// measured. Collective.
+void log_links(Backend& backend, const Mesh& mesh, const Log& log);
 
 }  // namespace regroup

@@ -322,6 +322,7 @@ void TrainingRun::start() {
     if (reporter_) reporter_->evaluation({.step = 0, .name = "unigram", .loss = unigram});
     log_.info("held-out loss of token frequencies alone: {:.4f}", unigram);
   }
+  if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
   std::array<double, 1> peak = {measure_matmul_peak(*backend_, runner_->parameters().compute_dtype())};
   world_.all_reduce(peak, ReduceOp::kSum);
   peak_flops_ = peak[0];
