@@ -11,8 +11,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-SHAPES = [(tokens, heads, groups) for tokens in (512, 2048) for heads in (8, 16, 64) for groups in (heads, 8, 1)
-          if groups <= heads]
+SHAPES = [(tokens, heads, groups) for tokens in (512, 2048) for heads in (8, 16, 64)
+          for groups in sorted({heads, 8, 1}, reverse=True)]
 HEAD_SIZE, TOKENS_OF_BATCH = 64, 32768
 
 
