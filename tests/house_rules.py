@@ -348,7 +348,16 @@ def whole_file(source):
             yield 1, "file name", f"'{piece}' says nothing about what is inside"
 
 
-RULES = (arrows, project_headers, library_headers, feature_conditions, mutable_statics, raw_memory, process_exits,
+def orphaned_test(source):
+    path = PurePosixPath(source.path)
+    if not path.name.endswith("_test.cpp"):
+        return
+    lists = source.root / path.parent / "CMakeLists.txt"
+    if not lists.is_file() or path.name not in lists.read_text(encoding="utf-8"):
+        yield 1, "orphaned test", f"{path.parent}/CMakeLists.txt does not name it"
+
+
+RULES = (orphaned_test, arrows, project_headers, library_headers, feature_conditions, mutable_statics, raw_memory, process_exits,
          environment, words, machine_paths, whole_file)
 
 
@@ -396,6 +405,7 @@ CLEAN = {
     "trainer/commands/train.h": '#pragma once\n#include "trainer/run/loop.h"\n',
     "trainer/options.cpp": "const char* home() { return std::getenv(\"HOME\"); }\n",
     "trainer/main.cpp": '#include "trainer/commands/train.h"\nint main() { return 0; }\n',
+    "tests/CMakeLists.txt": "regroup_test(NAME model_test SOURCES model_test.cpp)\n",
     "tests/model_test.cpp": '#include "trainer/model/t5.h"\n#include "trainer/commands/train.h"\n'
     'const char* shared() { return std::getenv("SHARED"); }\nvoid* operator new(std::size_t size);\n',
     "tests/cuda_emulation/machine.cpp": "#include <cuda_runtime_api.h>\nMachine machine;\n",
@@ -478,6 +488,7 @@ SEEDS = (
     ("arrow", "trainer/run/bad.h", H + '#include "trainer/commands/train.h"\n', 2),
     ("arrow", "trainer/options.h", H + '#include "trainer/commands/train.h"\n', 2),
     ("arrow", "trainer/novelty/bad.h", H + '#include "trainer/model/config.h"\n', 2),
+    ("orphaned test", "tests/bad_test.cpp", "int a();\n", 1),
     ("missing header", "data/bad.cpp", '\n#include "data/no_such.h"\n', 2),
     ("missing header", "data/bad.cpp", '#include "corpus.h"\n', 1),
     ("missing header", "tests/bad.cpp", "#include <trainer/model/no_such.h>\n", 1),

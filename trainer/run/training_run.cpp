@@ -212,8 +212,12 @@ void TrainingRun::save() {
   pending.copy_file("tokenizer.model", corpus_->tokenizer_file());
   const bool writes = mesh_->dp_rank() == 0;
   const auto write_all = [&](const std::string& stem, std::vector<ShardedTensor> device) {
+    if (!writes) {
+      write_tensors(world_, pending.path(), stem, device, writes);
+      return;
+    }
     HostTensors host(*backend_, std::move(device));
-    if (writes) host.from_device();
+    host.from_device();
     write_tensors(world_, pending.path(), stem, host.tensors(), writes);
   };
   write_all("model", sharded_parameters(runner_->parameters()));
