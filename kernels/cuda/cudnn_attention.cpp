@@ -1,0 +1,167 @@
+#include "kernels/cuda/cudnn_attention.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/cudnn_attention_graph.h"
+#include "kernels/cuda/cudnn_bias.h"
+
+namespace regroup {
+namespace {
+
+constexpr index_t kAlignment = 128;           // of the parts of the workspace
+constexpr std::uintptr_t kRowAlignment = 16;  // of the operands' rows, bytes
+constexpr index_t kLargestHead = 128;
+
+index_t aligned(index_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<std::uintptr_t>(t.data) % kRowAlignment == 0 &&
+         (t.stride[0] * size_of(t.dtype)) % static_cast<index_t>(kRowAlignment) == 0 &&
+         (t.stride[1] * size_of(t.dtype)) % static_cast<index_t>(kRowAlignment) == 0;
+}
+
+CudnnAttentionShape::Rows rows_of(const Tensor& t) { return {.sample = t.stride[0], .token = t.stride[1]}; }
+
+CudnnAttentionShape shape_of(const AttentionCall& call) {
+  return {.batch = call.q[0],
+          .queries = call.q[1],
+          .keys = call.k[1],
+          .heads = call.q[2],
+          .groups = call.k[2],
+          .channels = call.q[3],
+          .q = rows_of(call.q),
+          .k = rows_of(call.k),
+          .v = rows_of(call.v),
+          .out = rows_of(call.out),
+          .bias = static_cast<bool>(call.bias),
+          .causal = call.options.causal,
+          .padded = static_cast<bool>(call.key_mask)};
+}
+
+CudnnAttentionShape shape_of(const AttentionCall& call, const AttentionGradients& gradients,
+                             bool deterministic) {
+  CudnnAttentionShape shape = shape_of(call);
+  shape.backward = true;
+  shape.dout = rows_of(gradients.dout);
+  shape.dq = rows_of(gradients.dq);
+  shape.dk = rows_of(gradients.dk);
+  shape.dv = rows_of(gradients.dv);
+  shape.dbias = static_cast<bool>(gradients.dbias);
+  shape.deterministic = deterministic;
+  return shape;
+}
+
+// What is true of a call whatever cuDNN says of its shape.
+bool may_support(const AttentionCall& call) {
+  const index_t queries = call.q[1], channels = call.q[3];
+  return call.q.dtype == DType::kBFloat16 && call.q.numel() > 0 && call.k.numel() > 0 &&
+         channels <= kLargestHead && channels % 8 == 0 && call.options.dropout_rate == 0 &&
+         (!call.key_mask || call.options.padded_at_end) && is_aligned(call.q) && is_aligned(call.k) &&
+         is_aligned(call.v) && is_aligned(call.out) &&
+         // cuDNN 9.18 release notes, known issues: one query, causal, grouped.
+         !(call.options.causal && queries == 1);
+}
+
+bool may_support(const AttentionCall& call, const AttentionGradients& gradients) {
+  const index_t queries = call.q[1], keys = call.k[1];
+  return may_support(call) && is_aligned(gradients.dout) && is_aligned(gradients.dq) &&
+         is_aligned(gradients.dk) && is_aligned(gradients.dv) && (!gradients.dbias || call.bias) &&
+         // The frontend accepts this one and cuDNN has no kernel for it.
+         !(queries == 1 && keys == 1) &&
+         // The frontend puts float32 [B, H, Q] before cuDNN's own workspace.
+         call.q[0] * call.q[2] * queries * size_of(DType::kFloat32) % kAlignment == 0;
+}
+
+class Cudnn final : public CudnnAttention {
+ public:
+  Cudnn(CudaDevice& device, bool deterministic)
+      : device_(device), deterministic_(deterministic), handle_(device.stream()) {}
+
+  bool supports(const AttentionCall& call) override {
+    return may_support(call) && plan(shape_of(call)) != nullptr;
+  }
+  bool supports(const AttentionCall& call, const AttentionGradients& gradients) override {
+    return may_support(call, gradients) && plan(shape_of(call, gradients, deterministic_)) != nullptr;
+  }
+  void forward(const AttentionCall& call) override {
+    run(plan(shape_of(call)), call, pointers_of(call), Tensor());
+  }
+  void backward(const AttentionCall& call, const AttentionGradients& gradients) override {
+    CudnnAttentionPointers pointers = pointers_of(call);
+    pointers.dout = gradients.dout.data;
+    pointers.dq = gradients.dq.data;
+    pointers.dk = gradients.dk.data;
+    pointers.dv = gradients.dv.data;
+    run(plan(shape_of(call, gradients, deterministic_)), call, pointers, gradients.dbias);
+  }
+
+ private:
+  struct Entry {
+    CudnnAttentionShape shape;
+    std::unique_ptr<CudnnAttentionPlan> plan;  // nullptr: cuDNN has none
+  };
+
+  static CudnnAttentionPointers pointers_of(const AttentionCall& call) {
+    return {.q = call.q.data,
+            .k = call.k.data,
+            .v = call.v.data,
+            .out = call.out.data,
+            .log_sum_exp = call.log_sum_exp.data};
+  }
+
+  // A model has a handful of shapes, so a list is searched as fast as a table.
+  const CudnnAttentionPlan* plan(const CudnnAttentionShape& shape) {
+    for (const Entry& entry : entries_) {
+      if (entry.shape == shape) return entry.plan.get();
+    }
+    std::string problem;
+    entries_.push_back({shape, CudnnAttentionPlan::make(handle_, shape, problem)});
+    return entries_.back().plan.get();
+  }
+
+  void run(const CudnnAttentionPlan* plan, const AttentionCall& call, CudnnAttentionPointers pointers,
+           Tensor dbias);
+
+  CudaDevice& device_;
+  bool deterministic_;
+  CudnnHandle handle_;
+  std::vector<Entry> entries_;
+};
+
+// The workspace: [bias][its gradient][lengths of queries][of keys][cuDNN's own].
+void Cudnn::run(const CudnnAttentionPlan* plan, const AttentionCall& call, CudnnAttentionPointers pointers,
+                Tensor dbias) {
+  check(plan != nullptr, "cuDNN has no attention for q {}, k {}", call.q.describe(), call.k.describe());
+  const index_t queries = call.q[1];
+  const index_t elements = call.q[2] * queries * call.k[1];
+  const index_t bias_bytes = call.bias ? aligned(elements * size_of(DType::kBFloat16)) : 0;
+  const index_t dbias_bytes = dbias ? bias_bytes : 0;
+  const index_t length_bytes = call.key_mask ? aligned(call.q[0] * size_of(DType::kInt32)) : 0;
+  std::byte* next = device_.workspace(bias_bytes + dbias_bytes + 2 * length_bytes + plan->workspace_bytes());
+  const auto take = [&next](index_t bytes) { return std::exchange(next, next + bytes); };
+  if (call.bias) {
+    auto* full = reinterpret_cast<bfloat16*>(take(bias_bytes));
+    expand_bias(device_, call.bias, queries, full);
+    pointers.bias = full;
+  }
+  if (dbias) pointers.dbias = take(dbias_bytes);
+  if (call.key_mask) {
+    auto* query_lengths = reinterpret_cast<std::int32_t*>(take(length_bytes));
+    auto* key_lengths = reinterpret_cast<std::int32_t*>(take(length_bytes));
+    sequence_lengths(device_, call.key_mask, queries, query_lengths, key_lengths);
+    pointers.query_lengths = query_lengths;
+    pointers.key_lengths = key_lengths;
+  }
+  plan->execute(handle_, pointers, next);
+  if (dbias) sum_bias_gradient(device_, static_cast<const bfloat16*>(pointers.dbias), queries, dbias);
+}
+
+}  // namespace
+
+std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device, bool deterministic) {
+  return std::make_unique<Cudnn>(device, deterministic);
+}
+
+}  // namespace regroup
