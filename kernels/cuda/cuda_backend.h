@@ -5,7 +5,9 @@
 #include <memory>
 
 #include "kernels/backend.h"
+#include "kernels/cuda/bucket_tables.h"
 #include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/slot_table.h"
 
 namespace regroup {
 
@@ -72,6 +74,8 @@ class CudaBackend final : public Backend {
 
   CudaDevice device_;
   std::unique_ptr<CublasLtMatmul> matmul_;
+  BucketTables bucket_tables_;
+  SlotTable adafactor_slots_, adamw_slots_;
 };
 
 }  // namespace regroup
