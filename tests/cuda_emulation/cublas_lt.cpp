@@ -253,7 +253,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t prod
       (needs.workspaceSize > 0 && !device().contains(workspace, workspace_bytes))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  const Device::Access access(device());
+  const Device::Access access(device(), {a, b, c, d, workspace});
   if (workspace_bytes > 0) std::memset(workspace, 0xFF, needs.workspaceSize);
   const View va = view_of(la, as<Product>(product).transpose_a),
              vb = view_of(lb, as<Product>(product).transpose_b), vc = view_of(lc, CUBLAS_OP_N),

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "tests/cuda_emulation/device.h"
+#include "tests/cuda_emulation/guarded_memory.h"
 #include "tests/cuda_emulation/machine.h"
 
 using regroup::emulation::Device;
@@ -68,7 +69,10 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   *free = *total - device().used();
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() {
+  device().wait();
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
@@ -99,7 +103,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   std::unique_ptr<CUstream_st> owned(stream);
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 
@@ -113,7 +117,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 // Everything takes a millisecond.
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
@@ -143,7 +147,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   if (!is_valid_range(from, bytes, kind, true) || !is_valid_range(to, bytes, kind, false)) {
     return cudaErrorInvalidValue;
   }
-  const Device::Access access(device());
+  const Device::Access access(device(), {to, from});
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -162,9 +166,18 @@ cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, 
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
   if (!device().contains(memory, bytes)) return cudaErrorInvalidValue;
-  const Device::Access access(device());
-  std::memset(memory, value, bytes);
+  const Device::Access access(device(), {memory});
+  if (value == 0) regroup::emulation::fill_zero(memory, bytes);
+  if (value != 0) std::memset(memory, value, bytes);
   return cudaSuccess;
+}
+cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::size_t width,
+                              std::size_t height, cudaStream_t stream) {
+  cudaError_t result = width > pitch ? cudaErrorInvalidValue : cudaSuccess;
+  for (std::size_t row = 0; row < height && result == cudaSuccess; ++row) {
+    result = cudaMemsetAsync(static_cast<std::byte*>(memory) + row * pitch, value, width, stream);
+  }
+  return result;
 }
 
 // ---- Kernels

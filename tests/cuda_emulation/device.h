@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <map>
 #include <memory>
+#include <vector>
 
 #include "tests/cuda_emulation/guarded_memory.h"
 
@@ -13,9 +15,11 @@ class Device {
  public:
   static constexpr std::size_t kMemoryBytes = std::size_t{4} << 30;
   static constexpr std::size_t kDefaultSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
+  static constexpr std::size_t kLargeBytes = 1 << 20;  // to change a page's protection takes its time
 
-  // Memory that only kernels, copies and cuBLAS may touch: everybody else crashes. Null where kMemoryBytes
-  // are in use.
+  // Memory that only kernels, copies and cuBLAS may touch: everybody else crashes, at once or, where it is of
+  // more than kLargeBytes, from the next wait on. Full of NaN unless large. Null where kMemoryBytes are in
+  // use.
   void* allocate(std::size_t bytes);
   // Memory of the host, which everybody may touch.
   void* allocate_pinned(std::size_t bytes);
@@ -30,24 +34,28 @@ class Device {
   void allow_shared(const void* kernel, std::size_t bytes) { shared_bytes_[kernel] = bytes; }
   std::size_t allowed_shared(const void* kernel) const;
 
+  // The host has waited for the device.
+  void wait();
   // 0, 1, 2...
   unsigned next_stream() { return streams_++; }
 
-  // While one exists, device memory may be touched.
+  // While one exists, device memory may be touched: all of it, or the blocks that contain `addresses` (those
+  // that are device memory).
   class Access {
    public:
-    explicit Access(Device& device) : device_(device) { device_.make_accessible(true); }
-    ~Access() { device_.make_accessible(false); }
+    explicit Access(Device& device);
+    Access(Device& device, std::initializer_list<const void*> addresses);
+    ~Access();
     Access(const Access&) = delete;
     Access& operator=(const Access&) = delete;
 
    private:
-    Device& device_;
+    std::vector<GuardedMemory*> blocks_;
   };
 
  private:
   using Blocks = std::map<const void*, std::unique_ptr<GuardedMemory>>;
-  void make_accessible(bool accessible);
+  GuardedMemory* find(const void* address) const;  // the device memory it is in, or null
 
   Blocks device_, pinned_;
   std::size_t used_ = 0;

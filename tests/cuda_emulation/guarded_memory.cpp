@@ -1,5 +1,6 @@
 #include "tests/cuda_emulation/guarded_memory.h"
 
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <sys/mman.h>
@@ -26,7 +27,6 @@ GuardedMemory::GuardedMemory(std::size_t bytes) : bytes_(bytes), mapped_(round_u
   pages_ = static_cast<std::byte*>(pages);
   data_ = pages_ + mapped_ - kPage - round_up(bytes, kAlignment);
   make_accessible(true);
-  poison();
   if (__asan_poison_memory_region) {
     __asan_poison_memory_region(pages_ + kPage, static_cast<std::size_t>(data_ - pages_) - kPage);
     __asan_poison_memory_region(data_ + bytes, round_up(bytes, kAlignment) - bytes);
@@ -38,10 +38,24 @@ GuardedMemory::~GuardedMemory() {
   munmap(pages_, mapped_);
 }
 
-void GuardedMemory::poison() { std::memset(data_, 0xFF, bytes_); }
+void GuardedMemory::fill_nan() { std::memset(data_, 0xFF, bytes_); }
 
 void GuardedMemory::make_accessible(bool accessible) {
+  if (accessible == accessible_) return;
+  accessible_ = accessible;
   mprotect(pages_ + kPage, mapped_ - 2 * kPage, accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
+}
+
+void fill_zero(void* data, std::size_t bytes) {
+  auto* begin = static_cast<std::byte*>(data);
+  const std::size_t head = (kPage - reinterpret_cast<std::uintptr_t>(data) % kPage) % kPage;
+  if (bytes > head + kPage) {
+    const std::size_t whole = (bytes - head) / kPage * kPage;
+    madvise(begin + head, whole, MADV_DONTNEED);  // pages of zeros when they are touched next
+    std::memset(begin + head + whole, 0, bytes - head - whole);
+    bytes = head;
+  }
+  std::memset(begin, 0, bytes);
 }
 
 }  // namespace regroup::emulation

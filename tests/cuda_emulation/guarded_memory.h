@@ -5,9 +5,9 @@
 
 namespace regroup::emulation {
 
-// `bytes` of memory, filled with 0xFF (NaN in every floating-point type). Its begin is aligned to 256 bytes,
-// and its end, rounded up to 256 bytes, touches an inaccessible page; with AddressSanitizer the bytes up to
-// there are out of bounds too. std::bad_alloc where the host has no room.
+// `bytes` of zeroed memory. Its begin is aligned to 256 bytes, and its end, rounded up to 256 bytes, touches
+// an inaccessible page; with AddressSanitizer the bytes up to there are out of bounds too. std::bad_alloc
+// where the host has no room.
 class GuardedMemory {
  public:
   explicit GuardedMemory(std::size_t bytes);
@@ -17,13 +17,17 @@ class GuardedMemory {
 
   std::byte* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
-  void poison();                          // fills with 0xFF
+  void fill_nan();                        // 0xFF: NaN in every floating-point type
   void make_accessible(bool accessible);  // or a crash for whoever touches it
 
  private:
   std::size_t bytes_, mapped_;
   std::byte* pages_;  // guard, memory, guard
   std::byte* data_;
+  bool accessible_ = false;
 };
+
+// Fills with zeros; of much memory, without touching it: it may never be used.
+void fill_zero(void* data, std::size_t bytes);
 
 }  // namespace regroup::emulation

@@ -109,7 +109,7 @@ void Machine::run(const std::function<void()>& kernel, const Launch& launch) {
   try {
     for (const std::size_t number : permutation(std::size_t{blocks.x} * blocks.y * blocks.z)) {
       blockIdx = coordinates(number, blocks);
-      shared_->poison();
+      shared_->fill_nan();
       run_block();
     }
   } catch (...) {
@@ -227,9 +227,11 @@ void Machine::synchronize_warp(const char* what, void* slot, const Combine& comb
   }
   AnySlots slots{};
   for (std::size_t i = 0; i < lanes.size(); ++i) {
-    check(std::string_view(lanes[i]->waits_for) == what,
+    if (std::string_view(lanes[i]->waits_for) != what) {
+      throw InternalError(
           "block {}: lanes of one warp are at different instructions, thread {} at {} and thread {} at {}",
           text(blockIdx), text(lanes[i]->index), lanes[i]->waits_for, text(me.index), what);
+    }
     slots[i] = lanes[i]->slot;
   }
   combine(slots);

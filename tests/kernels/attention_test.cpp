@@ -1,7 +1,7 @@
-// Grouped-query attention on the CPU: parity with loops over the definition, gradients, the same bits with
-// any number of threads, bfloat16 no worse than a naive implementation.
-#include "kernels/cpu/cpu_backend.h"
+// Grouped-query attention on every device: parity with loops over the definition, gradients, the same bits in
+// every run, bfloat16 no worse than a naive implementation.
 #include "tests/kernels/attention_cases.h"
+#include "tests/support/devices.h"
 #include "tests/support/gradient_check.h"
 
 namespace regroup::test {
@@ -13,22 +13,31 @@ std::vector<AttentionCase> all_cases() {
   return all;
 }
 
-class AttentionTest : public testing::TestWithParam<AttentionCase> {};
+using AttentionOnDevice = std::tuple<DeviceKind, AttentionCase>;
+std::string name_of_test(const testing::TestParamInfo<AttentionOnDevice>& instance) {
+  return test_name(std::get<DeviceKind>(instance.param), std::get<AttentionCase>(instance.param).name());
+}
+auto on_every_device(const std::vector<AttentionCase>& cases) {
+  return testing::Combine(testing::ValuesIn(test_devices()), testing::ValuesIn(cases));
+}
+
+class AttentionTest : public testing::TestWithParam<AttentionOnDevice> {};
 
 TEST_P(AttentionTest, AgreesWithTheDefinition) {
-  CpuBackend backend(2);
+  const auto& [device, c] = GetParam();
+  const auto backend = make_test_backend(device);
   for (const DType dtype : {DType::kFloat64, DType::kFloat32}) {
-    expect_parity(backend, attention_case(GetParam()), dtype);
-    expect_parity(backend, attention_backward_case(GetParam()), dtype);
+    expect_parity(*backend, attention_case(c), dtype);
+    expect_parity(*backend, attention_backward_case(c), dtype);
   }
 }
 
-TEST_P(AttentionTest, SameBitsWithAnyNumberOfThreads) {
-  CpuBackend one(1), two(2), five(5);
+TEST_P(AttentionTest, SameBitsInEveryRun) {
+  const auto& [device, c] = GetParam();
+  const auto backends = backends_of_equal_bits(device);
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const OpCase& op : {attention_case(GetParam()), attention_backward_case(GetParam())}) {
-      expect_same_bits(one, two, op, dtype);
-      expect_same_bits(one, five, op, dtype);
+    for (const OpCase& op : {attention_case(c), attention_backward_case(c)}) {
+      for (const auto& other : backends) expect_same_bits(*backends[0], *other, op, dtype);
     }
   }
 }
@@ -66,11 +75,11 @@ void expect_no_worse_than_naive(const OpCase& op, const std::vector<Numbers>& wa
 }
 
 TEST_P(AttentionTest, BFloat16IsNoWorseThanANaiveImplementation) {
-  CpuBackend backend(2);
-  const AttentionCase& c = GetParam();
+  const auto& [device, c] = GetParam();
+  const auto backend = make_test_backend(device);
   const NaiveAttention exactly(c, exact), naively(c, to_bfloat16);
   const OpCase forward_op = attention_case(c), backward_op = attention_backward_case(c);
-  Instance forward(backend, forward_op, DType::kBFloat16), backward(backend, backward_op, DType::kBFloat16);
+  Instance forward(*backend, forward_op, DType::kBFloat16), backward(*backend, backward_op, DType::kBFloat16);
   std::vector<Numbers> want = forward.initial(), naive = want;
   forward.call();
   exactly.forward(want);
@@ -90,14 +99,13 @@ TEST_P(AttentionTest, BFloat16IsNoWorseThanANaiveImplementation) {
   expect_no_worse_than_naive(backward_op, dwant, dnaive, backward.numbers());
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, AttentionTest, testing::ValuesIn(all_cases()),
-                         [](const auto& instance) { return instance.param.name(); });
+INSTANTIATE_TEST_SUITE_P(Cases, AttentionTest, on_every_device(all_cases()), name_of_test);
 
-class AttentionGradientTest : public testing::TestWithParam<AttentionCase> {};
+class AttentionGradientTest : public testing::TestWithParam<AttentionOnDevice> {};
 
 TEST_P(AttentionGradientTest, AgreesWithCentralDifferences) {
-  CpuBackend backend(1);
-  expect_gradients(backend, attention_case(GetParam()), attention_backward_case(GetParam()));
+  const auto& [device, c] = GetParam();
+  expect_gradients(*make_test_backend(device, 1), attention_case(c), attention_backward_case(c));
 }
 
 std::vector<AttentionCase> gradient_cases() {
@@ -108,12 +116,13 @@ std::vector<AttentionCase> gradient_cases() {
   return all;
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, AttentionGradientTest, testing::ValuesIn(gradient_cases()),
-                         [](const auto& instance) { return instance.param.name(); });
+INSTANTIATE_TEST_SUITE_P(Cases, AttentionGradientTest, on_every_device(gradient_cases()), name_of_test);
+
+class BlindAttentionTest : public testing::TestWithParam<DeviceKind> {};
 
 // A query that sees no key: out 0, log_sum_exp +inf, gradients 0, also where memory held NaN before.
-TEST(Attention, BlindQueriesGiveZeros) {
-  CpuBackend backend(2);
+TEST_P(BlindAttentionTest, GivesZeros) {
+  const auto backend = make_test_backend(GetParam());
   const AttentionCase c{.queries = 70,
                         .keys = 40,
                         .heads = 2,
@@ -122,7 +131,8 @@ TEST(Attention, BlindQueriesGiveZeros) {
                         .bias = true,
                         .mask = Mask::kBlindSample};
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
-    Instance forward(backend, attention_case(c), dtype), backward(backend, attention_backward_case(c), dtype);
+    Instance forward(*backend, attention_case(c), dtype),
+        backward(*backend, attention_backward_case(c), dtype);
     forward.call();
     const std::vector<Numbers> results = forward.numbers();
     backward.set(6, results[5]);
@@ -137,6 +147,9 @@ TEST(Attention, BlindQueriesGiveZeros) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Devices, BlindAttentionTest, testing::ValuesIn(test_devices()),
+                         [](const auto& instance) { return name_of(instance.param); });
 
 }  // namespace
 }  // namespace regroup::test

@@ -1,5 +1,6 @@
-// Matrix products on the CPU: every transposition, strides, accumulation and type against a naive product.
-#include "kernels/cpu/cpu_backend.h"
+// Matrix products on every device: every transposition, strides, accumulation and type against a naive
+// product.
+#include "tests/support/devices.h"
 #include "tests/support/op_case.h"
 
 namespace regroup::test {
@@ -70,50 +71,64 @@ std::vector<Product> products() {
   return all;
 }
 
-class MatmulTest : public testing::TestWithParam<Product> {};
+class MatmulTest : public testing::TestWithParam<std::tuple<DeviceKind, Product>> {};
 
 TEST_P(MatmulTest, AgreesWithANaiveProduct) {
+  const auto& [device, product] = GetParam();
   for (const int threads : {1, 2}) {
-    CpuBackend backend(threads);
+    const auto backend = make_test_backend(device, threads);
     for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
-      expect_parity(backend, matmul_case(GetParam()), dtype);
+      expect_parity(*backend, matmul_case(product), dtype);
     }
   }
 }
 
 TEST_P(MatmulTest, SameBitsAtEveryCall) {
-  CpuBackend backend(2), other(2);
+  const auto& [device, product] = GetParam();
+  const auto backend = make_test_backend(device), other = make_test_backend(device);
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
-    expect_same_bits(backend, backend, matmul_case(GetParam()), dtype);
-    expect_same_bits(backend, other, matmul_case(GetParam()), dtype);
+    expect_same_bits(*backend, *backend, matmul_case(product), dtype);
+    expect_same_bits(*backend, *other, matmul_case(product), dtype);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Products, MatmulTest, testing::ValuesIn(products()),
-                         [](const auto& instance) { return instance.param.name(); });
+INSTANTIATE_TEST_SUITE_P(Products, MatmulTest,
+                         testing::Combine(testing::ValuesIn(test_devices()), testing::ValuesIn(products())),
+                         [](const auto& instance) {
+                           return test_name(std::get<0>(instance.param), std::get<1>(instance.param).name());
+                         });
+
+class MatmulsTest : public testing::TestWithParam<DeviceKind> {};
 
 // One backend, many shapes: each keeps its own primitive, all share the scratchpad.
-TEST(Matmul, ShapesMayAlternate) {
-  CpuBackend backend(2);
+TEST_P(MatmulsTest, ShapesMayAlternate) {
+  const auto backend = make_test_backend(GetParam());
   for (int round = 0; round < 2; ++round) {
     for (const index_t m : {5, 200, 64}) {
-      expect_parity(backend, matmul_case({.m = m, .n = 40, .k = 3 * m, .options = {.transpose_b = true}}),
+      expect_parity(*backend, matmul_case({.m = m, .n = 40, .k = 3 * m, .options = {.transpose_b = true}}),
                     DType::kBFloat16);
     }
   }
 }
 
-TEST(Matmul, EmptyContraction) {
-  CpuBackend backend(1);
-  std::vector<float> c = {1, 2, 3, 4, 5, 6};
-  float nothing = 0;
-  const Tensor a(&nothing, DType::kFloat32, {2, 0}), b(&nothing, DType::kFloat32, {0, 3});
-  const Tensor result(c.data(), DType::kFloat32, {2, 3});
-  backend.matmul(a, b, result, {.accumulate = true});
-  EXPECT_EQ(c, (std::vector<float>{1, 2, 3, 4, 5, 6}));
-  backend.matmul(a, b, result, {});
-  EXPECT_EQ(c, std::vector<float>(6, 0.0F));
+TEST_P(MatmulsTest, EmptyContraction) {
+  const auto backend = make_test_backend(GetParam());
+  const std::vector<float> before = {1, 2, 3, 4, 5, 6};
+  std::vector<float> after(6);
+  const Buffer memory = backend->allocate(6 * sizeof(float)), nothing = backend->allocate(1);
+  const Tensor a(nothing.data(), DType::kFloat32, {2, 0}), b(nothing.data(), DType::kFloat32, {0, 3});
+  const Tensor c = memory.tensor(DType::kFloat32, {2, 3});
+  backend->copy_from_host(before.data(), c);
+  backend->matmul(a, b, c, {.accumulate = true});
+  backend->copy_to_host(c, after.data());
+  EXPECT_EQ(after, before);
+  backend->matmul(a, b, c, {});
+  backend->copy_to_host(c, after.data());
+  EXPECT_EQ(after, std::vector<float>(6, 0.0F));
 }
+
+INSTANTIATE_TEST_SUITE_P(Devices, MatmulsTest, testing::ValuesIn(test_devices()),
+                         [](const auto& instance) { return name_of(instance.param); });
 
 }  // namespace
 }  // namespace regroup::test

@@ -3,10 +3,12 @@
 
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "kernels/base/error.h"
+#include "kernels/dtype.h"
 #include "tests/cuda_emulation/machine.h"
 
 namespace regroup::ptx {
@@ -75,6 +77,14 @@ inline void ldmatrix_x4(std::uint32_t (&registers)[4], const void* row) {
 }
 inline void ldmatrix_x4_transposed(std::uint32_t (&registers)[4], const void* row) {
   load_matrices("ldmatrix.trans", registers, row, true);
+}
+
+inline std::uint32_t pack_bf16(float low, float high) {
+  return bfloat16(low).bits | std::uint32_t{bfloat16(high).bits} << 16;
+}
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return std::fpclassify(y) == FP_SUBNORMAL ? 0.0F : y;
 }
 
 inline void cp_async_16(void* shared, const void* global, bool valid) {
