@@ -171,6 +171,9 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
   if (value != 0) std::memset(memory, value, bytes);
   return cudaSuccess;
 }
+cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
+  return cudaMemsetAsync(memory, value, bytes, nullptr);
+}
 cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::size_t width,
                               std::size_t height, cudaStream_t stream) {
   cudaError_t result = width > pitch ? cudaErrorInvalidValue : cudaSuccess;
