@@ -39,6 +39,20 @@ __device__ inline void ldmatrix_x4_transposed(std::uint32_t (&registers)[4], con
                : "memory");
 }
 
+// Two bfloat16 in a register, `low` in the lower half; rounded to nearest even.
+__device__ inline std::uint32_t pack_bf16(float low, float high) {
+  std::uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// 2^x to 2 ulp; 0 where the result is subnormal.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Copies 16 bytes to shared memory in the background; where not `valid`, zeros, and `global` is not read.
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
