@@ -12,6 +12,10 @@ namespace flash {
 namespace {
 
 constexpr int kWindow = kRows + kColumns;
+// Twelve warps fit a multiprocessor where each reads its own rows again at each use; with those in registers,
+// eight would. The second kernel's dropout needs the registers for its random words.
+template <int C, bool kDrawsForKeys = false>
+constexpr int kBlocksPerMultiprocessor = C <= 64 && !kDrawsForKeys ? 3 : 2;
 
 struct Arguments {
   AttentionArguments<bfloat16> x;
@@ -76,7 +80,7 @@ class QueryGradient {
     if (tiles > 0) fetch(0, window);
     if (kBias && tiles > 0) window.store(shared_.bias[0]);
     find_delta();
-    Rows<C, 1, C <= 64> queries, douts;
+    Rows<C, 1, false> queries, douts;
     for (int tile = 0; tile < tiles; ++tile) {
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -151,10 +155,16 @@ class QueryGradient {
 
   // Whether there was anything to see.
   template <class D>
-  __device__ bool visit(int tile, Rows<C, 1, C <= 64>& queries, Rows<C, 1, C <= 64>& douts, D& diagonals) {
+  __device__ bool visit(int tile, Rows<C, 1, false>& queries, Rows<C, 1, false>& douts, D& diagonals) {
     const int key = tile * kColumns;
     KeyBits seen;
     seen.fetch(mask_, key, x_.keys);
+    KeptKeys<1> kept;
+    if constexpr (kDropout) {
+      kept.draw(x_.dropout,
+                x_.first_element(sample_, head_) + static_cast<std::uint64_t>(index_t{row_} * x_.keys + key),
+                x_.keys);
+    }
     Scores<1> scores, gradients;
     multiply_transposed<C>(scores, queries, shared_.keys[tile % 2]);
     if constexpr (kBias) {
@@ -168,12 +178,6 @@ class QueryGradient {
     const bool crossed = x_.causal && key + kColumns - 1 > row_;
     if (crossed || ~bits != 0) hide<1>(scores, bits, crossed, row_ + lane_row() + 1 - key);
     multiply_transposed<C>(gradients, douts, shared_.values[tile % 2]);
-    KeptKeys<1> kept;
-    if constexpr (kDropout) {
-      kept.draw(x_.dropout,
-                x_.first_element(sample_, head_) + static_cast<std::uint64_t>(index_t{row_} * x_.keys + key),
-                x_.keys);
-    }
 #pragma unroll
     for (int l = 0; l < 2; ++l) {
       std::uint64_t line = 0;
@@ -272,7 +276,7 @@ class KeyGradient {
       fetch(0);
       store(0);
     }
-    Rows<C, 1, C <= 64> keys, values;
+    Rows<C, 1, false> keys, values;
     for (int i = 0; i < visits; ++i) {
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -322,8 +326,15 @@ class KeyGradient {
     if constexpr (kBias) window_.store(shared_.bias[i % 2]);
   }
 
-  __device__ void visit(int i, Rows<C, 1, C <= 64>& keys, Rows<C, 1, C <= 64>& values) {
+  __device__ void visit(int i, Rows<C, 1, false>& keys, Rows<C, 1, false>& values) {
     const int query = query_of(i);
+    KeptQueries kept;
+    if constexpr (kDropout) {
+      kept.draw(
+          x_.dropout,
+          x_.first_element(sample_, head_of(i)) + static_cast<std::uint64_t>(index_t{query} * x_.keys + row_),
+          x_.keys);
+    }
     Scores<1> scores, gradients;
     multiply_transposed<C>(scores, keys, shared_.q[i % 2]);
     if constexpr (kBias) {
@@ -335,13 +346,6 @@ class KeyGradient {
     // Key row + 8 l sees the queries from itself on.
     if (x_.causal && query < row_ + 15) {
       hide_before(scores, row_ + lane_row() - query - lane_column());
-    }
-    KeptQueries kept;
-    if constexpr (kDropout) {
-      kept.draw(
-          x_.dropout,
-          x_.first_element(sample_, head_of(i)) + static_cast<std::uint64_t>(index_t{query} * x_.keys + row_),
-          x_.keys);
     }
     const float* log_sum_exp = shared_.log_sum_exp[i % 2] + lane_column();
     const float* delta = shared_.delta[i % 2] + lane_column();
@@ -414,11 +418,13 @@ class KeyGradient {
 };
 
 template <int C, bool kBias, bool kDropout>
-__global__ void __launch_bounds__(kThreads) query_gradient_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<C>)
+    query_gradient_kernel(const Arguments a) {
   QueryGradient<C, kBias, kDropout>(a).run();
 }
 template <int C, bool kBias, bool kDropout>
-__global__ void __launch_bounds__(kThreads) key_gradient_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<C, kDropout>)
+    key_gradient_kernel(const Arguments a) {
   KeyGradient<C, kBias, kDropout>(a).run();
 }
 

@@ -105,7 +105,8 @@ __device__ void multiply_transposed(Scores<kBlocks>& scores, Rows<C, kBlocks, kH
     }
   }
   const int row = ((lane_index() >> 4) << 3) + (lane_index() & 7), half = (lane_index() >> 3) & 1;
-#pragma unroll
+// Rolled where it may be: unrolled, the addresses of all steps would be kept in registers.
+#pragma unroll(kHeld ? C / 16 : 2)
   for (int k = 0; k < C / 16; ++k) {
     if constexpr (!kHeld) {
 #pragma unroll
