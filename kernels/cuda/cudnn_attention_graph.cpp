@@ -291,6 +291,8 @@ std::string CudnnAttentionPlan::Graph::problem_on(const std::string& device) {
   return plan.finish() == CUDNN_STATUS_SUCCESS ? "" : "cuDNN cannot compile its kernel";
 }
 
+bool CudnnAttentionPlan::in_this_build() { return true; }
+
 std::string CudnnAttentionPlan::problem_on(const CudnnAttentionShape& shape, const std::string& device) {
   return Graph(shape).problem_on(device);
 }

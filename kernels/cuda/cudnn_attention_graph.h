@@ -56,6 +56,8 @@ class CudnnHandle {
 
 class CudnnAttentionPlan {
  public:
+  // False where there was no cudnn-frontend to build with; then this is the only member that may be used.
+  static bool in_this_build();
   // nullptr where cuDNN has no kernel for the shape; `problem` then says why in one line.
   static std::unique_ptr<CudnnAttentionPlan> make(const CudnnHandle& handle, const CudnnAttentionShape& shape,
                                                   std::string& problem);
