@@ -37,14 +37,14 @@ Fiber::Fiber(std::function<void()> body) : body_(std::move(body)), stacks_(kStac
 
 Fiber::~Fiber() {
   cancelled_ = true;
-  if (started_ && context_) resume();
+  if (context_) resume();
 }
 
 boost::context::fiber Fiber::run(boost::context::fiber&& host) {
   finish_switch(nullptr, &host_stack_.bottom, &host_stack_.size);
   host_ = std::move(host);
   try {
-    body_();
+    if (!cancelled_) body_();
   } catch (const Cancelled&) {
   }
   start_switch(nullptr, host_stack_.bottom, host_stack_.size);
@@ -52,7 +52,6 @@ boost::context::fiber Fiber::run(boost::context::fiber&& host) {
 }
 
 void Fiber::resume() {
-  started_ = true;
   void* fake_stack = nullptr;
   start_switch(&fake_stack, stack_.bottom, stack_.size);
   context_ = std::move(context_).resume();

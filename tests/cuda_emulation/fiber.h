@@ -36,7 +36,7 @@ class Fiber {
   std::function<void()> body_;
   boost::context::protected_fixedsize_stack stacks_;
   Stack stack_, host_stack_;
-  bool started_ = false, cancelled_ = false;
+  bool cancelled_ = false;
   boost::context::fiber host_, context_;
 };
 
