@@ -99,19 +99,13 @@ struct DropoutAdd {
   }
 };
 
-// Whether packs of N elements lie within rows of `columns` and may be accessed at once.
-template <int N>
-bool packs(index_t columns, std::initializer_list<const void*> addresses) {
-  return columns % N == 0 && aligned(addresses);
-}
-
 }  // namespace
 
 void CudaBackend::do_gated_gelu(Tensor x, Tensor y, const Dropout& dropout) {
   dispatch(x.dtype, [&]<class T>() {
     constexpr int kPack = kPackSize<T>;
     const GatedGelu<T> op{x.as<T>(), y.as<T>(), DropoutFactors(dropout, y[1])};
-    map<kPack>(device_, op, y.numel(), packs<kPack>(y[1], {x.data, y.data}));
+    map<kPack>(device_, op, y.numel(), in_packs<kPack>(y[1], {x.data, y.data}));
   });
 }
 
@@ -119,7 +113,7 @@ void CudaBackend::do_gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const D
   dispatch(x.dtype, [&]<class T>() {
     constexpr int kPack = kPackSize<T>;
     const GatedGeluBackward<T> op{dy.as<T>(), x.as<T>(), dx.as<T>(), DropoutFactors(dropout, dy[1])};
-    map<kPack>(device_, op, dy.numel(), packs<kPack>(dy[1], {dy.data, x.data, dx.data}));
+    map<kPack>(device_, op, dy.numel(), in_packs<kPack>(dy[1], {dy.data, x.data, dx.data}));
   });
 }
 
@@ -128,7 +122,7 @@ void CudaBackend::do_dropout_add(Tensor residual, Tensor x, Tensor y, const Drop
     constexpr int kPack = kPackSize<T>;
     const DropoutAdd<T> op{residual ? residual.as<T>() : nullptr, x.as<T>(), y.as<T>(),
                            DropoutFactors(dropout, x[1])};
-    map<kPack>(device_, op, x.numel(), packs<kPack>(x[1], {residual.data, x.data, y.data}));
+    map<kPack>(device_, op, x.numel(), in_packs<kPack>(x[1], {residual.data, x.data, y.data}));
   });
 }
 

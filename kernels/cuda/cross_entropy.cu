@@ -115,11 +115,6 @@ __global__ void backward_kernel(const stat_t<T>* logits, const stat_t<T>* row_ma
   });
 }
 
-template <int N>
-bool packs(index_t columns, std::initializer_list<const void*> addresses) {
-  return columns % N == 0 && aligned(addresses);
-}
-
 Grid block_a_row(const Tensor& logits) { return {.blocks = block_count(logits[0], 1), .threads = kThreads}; }
 
 }  // namespace
@@ -129,8 +124,8 @@ void CudaBackend::do_cross_entropy_max(Tensor logits, Tensor row_max) {
     using S = stat_t<T>;
     constexpr int kPack = kPackSize<S>;
     launch(device_, block_a_row(logits),
-           packs<kPack>(logits[1], {logits.data}) ? max_kernel<kPack, S> : max_kernel<1, S>, logits.as<S>(),
-           logits[1], row_max.as<S>());
+           in_packs<kPack>(logits[1], {logits.data}) ? max_kernel<kPack, S> : max_kernel<1, S>,
+           logits.as<S>(), logits[1], row_max.as<S>());
   });
 }
 
@@ -140,8 +135,8 @@ void CudaBackend::do_cross_entropy_sums(Tensor logits, Tensor row_max, Tensor ta
     using S = stat_t<T>;
     constexpr int kPack = kPackSize<S>;
     launch(device_, block_a_row(logits),
-           packs<kPack>(logits[1], {logits.data}) ? sums_kernel<kPack, S> : sums_kernel<1, S>, logits.as<S>(),
-           row_max.as<S>(), targets.as<std::int32_t>(), sums.as<S>(), logits[0], logits[1],
+           in_packs<kPack>(logits[1], {logits.data}) ? sums_kernel<kPack, S> : sums_kernel<1, S>,
+           logits.as<S>(), row_max.as<S>(), targets.as<std::int32_t>(), sums.as<S>(), logits[0], logits[1],
            options.first_vocabulary_id);
   });
 }
@@ -166,7 +161,7 @@ void CudaBackend::do_cross_entropy_backward(Tensor logits, Tensor row_max, Tenso
   dispatch(dlogits.dtype, [&]<class T>() {
     using S = stat_t<T>;
     constexpr int kPack = kPackSize<T>;
-    const bool by_packs = packs<kPack>(logits[1], {logits.data, dlogits.data});
+    const bool by_packs = in_packs<kPack>(logits[1], {logits.data, dlogits.data});
     launch(device_, block_a_row(logits), by_packs ? backward_kernel<kPack, T> : backward_kernel<1, T>,
            logits.as<S>(), row_max.as<S>(), targets.as<std::int32_t>(), sums.as<S>(), factor, dlogits.as<T>(),
            logits[1], options.first_vocabulary_id, options.z_loss);

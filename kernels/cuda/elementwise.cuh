@@ -22,6 +22,13 @@ inline bool aligned(std::initializer_list<const void*> addresses) {
   return result;
 }
 
+// Whether rows of `columns` elements at these addresses may be accessed N elements, 16 bytes or more, at a
+// time.
+template <int N>
+bool in_packs(index_t columns, std::initializer_list<const void*> addresses) {
+  return columns % N == 0 && aligned(addresses);
+}
+
 // i / divisor, both not negative. 64-bit division is a subroutine; most sizes fit into 32.
 __device__ inline index_t quotient(index_t i, index_t divisor) {
   if (((i | divisor) >> 32) == 0) return static_cast<std::uint32_t>(i) / static_cast<std::uint32_t>(divisor);

@@ -139,11 +139,6 @@ __global__ void parts_kernel(Scatter<T> op) {
   }
 }
 
-template <class T>
-bool packs(index_t columns, std::initializer_list<const void*> addresses) {
-  return columns % kPackSize<T> == 0 && aligned(addresses);
-}
-
 }  // namespace
 
 void CudaBackend::do_embedding(Tensor ids, Tensor table, index_t first_id, Tensor y) {
@@ -154,7 +149,7 @@ void CudaBackend::do_embedding(Tensor ids, Tensor table, index_t first_id, Tenso
                        .first_id = first_id,
                        .rows = table[0],
                        .columns = table[1]};
-    map<kPackSize<T>>(device_, op, y.numel(), packs<T>(table[1], {table.data, y.data}));
+    map<kPackSize<T>>(device_, op, y.numel(), in_packs<kPackSize<T>>(table[1], {table.data, y.data}));
   });
 }
 
@@ -172,7 +167,7 @@ void CudaBackend::do_embedding_backward(Tensor ids, Tensor dy, index_t first_id,
                         .tokens = tokens,
                         .rows = dtable[0],
                         .columns = columns};
-    const bool by_packs = packs<T>(columns, {dy.data, dtable.data});
+    const bool by_packs = in_packs<kPackSize<T>>(columns, {dy.data, dtable.data});
     launch(device_, {.blocks = block_count(segments, 1), .threads = kThreads},
            by_packs ? segments_kernel<kPackSize<T>, T> : segments_kernel<1, T>, op);
     launch(device_, {.blocks = block_count(segments, 1), .threads = 256},

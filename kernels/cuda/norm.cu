@@ -9,6 +9,8 @@ namespace {
 // A warp handles a row. It reads the row twice; the second time out of the cache.
 constexpr int kWarps = 4;
 constexpr unsigned kThreads = kWarps * kWarpThreads;
+constexpr int kTogether = 2;  // rows whose elements a thread of backward holds at a time
+static_assert(kWarps % kTogether == 0);
 
 template <int N, class T>
 __global__ void rms_norm_kernel(const T* x, const T* weight, T* y, stat_t<T>* inverse_rms, index_t rows,
@@ -54,7 +56,7 @@ struct RmsNormBackward {
   __device__ stat_t<T> weighted_dot(index_t row) const {
     const index_t at = row * columns;
     stat_t<T> sum = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (index_t d = threadIdx.x % kWarpThreads * N; d < columns; d += kWarpThreads * N) {
       stat_t<T> g[N], v[N], w[N];
       load_values(dy + at + d, g);
@@ -66,36 +68,39 @@ struct RmsNormBackward {
     return warp_sum(sum);
   }
 
-  // dx of columns d .. d + N - 1 in `count` <= kWarps rows, whose r and r^2 mean(w dy x) are given; adds
-  // their share of dw to `sums`.
+  // dx of columns d .. d + N - 1 in the first `count`, at most kWarps, rows from `row` on, whose r and r^2
+  // mean(w dy x) are given; adds their share of dw to `sums`.
   template <int N>
   __device__ void columns_backward(index_t row, index_t count, index_t d, const stat_t<T>* scales,
                                    const stat_t<T>* slopes, stat_t<T>* sums) const {
-    // All reads before the first write, which they might wait for: dx may be the residual.
-    Pack<T, N> dys[kWarps], xs[kWarps], residuals[kWarps];
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      if (i >= count) break;
-      const index_t at = (row + i) * columns + d;
-      dys[i] = load_pack<N>(dy + at);
-      xs[i] = load_pack<N>(x + at);
-      if (residual != nullptr) residuals[i] = load_pack<N>(residual + at);
-    }
     stat_t<T> w[N], sum[N] = {};
     load_values(weight + d, w);
+#pragma unroll 1
+    for (int first = 0; first < kWarps && first < count; first += kTogether) {
+      // All reads before the first write, which they might wait for: dx may be the residual.
+      Pack<T, N> dys[kTogether], xs[kTogether], residuals[kTogether];
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      if (i >= count) break;
-      const stat_t<T> r = scales[i], slope = slopes[i];
-      stat_t<T> result[N];
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const stat_t<T> g = widen(dys[i].at[j]), v = widen(xs[i].at[j]);
-        sum[j] += g * v * r;
-        result[j] = r * (w[j] * g - v * slope);
-        if (residual != nullptr) result[j] += widen(residuals[i].at[j]);
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i >= count) break;
+        const index_t at = (row + first + i) * columns + d;
+        dys[i] = load_pack<N>(dy + at);
+        xs[i] = load_pack<N>(x + at);
+        if (residual != nullptr) residuals[i] = load_pack<N>(residual + at);
       }
-      store_values(dx + (row + i) * columns + d, result);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i >= count) break;
+        const stat_t<T> r = scales[first + i], slope = slopes[first + i];
+        stat_t<T> result[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const stat_t<T> g = widen(dys[i].at[j]), v = widen(xs[i].at[j]);
+          sum[j] += g * v * r;
+          result[j] = r * (w[j] * g - v * slope);
+          if (residual != nullptr) result[j] += widen(residuals[i].at[j]);
+        }
+        store_values(dx + (row + first + i) * columns + d, result);
+      }
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) sums[d + j] += sum[j];
@@ -105,7 +110,7 @@ struct RmsNormBackward {
 // A block handles rows_per_block rows, kWarps at a time: each warp finds the slope of one row, then each
 // thread goes down the rows in its columns, whose share of dw it keeps in shared memory.
 template <int N, class T>
-__global__ void rms_norm_backward_kernel(RmsNormBackward<T> op) {
+__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(RmsNormBackward<T> op) {
   using S = stat_t<T>;
   S* const sums = dynamic_shared<S>();
   __shared__ S scales[kWarps], slopes[kWarps];
@@ -137,17 +142,12 @@ __global__ void rms_norm_backward_kernel(RmsNormBackward<T> op) {
   }
 }
 
-template <class T>
-bool packs(index_t columns, std::initializer_list<const void*> addresses) {
-  return columns % kPackSize<T> == 0 && aligned(addresses);
-}
-
 }  // namespace
 
 void CudaBackend::do_rms_norm(Tensor x, Tensor weight, Tensor y, Tensor inverse_rms, double epsilon) {
   dispatch(x.dtype, [&]<class T>() {
     const Grid grid{.blocks = block_count(x[0], kWarps), .threads = kThreads};
-    const bool by_packs = packs<T>(x[1], {x.data, weight.data, y.data});
+    const bool by_packs = in_packs<kPackSize<T>>(x[1], {x.data, weight.data, y.data});
     launch(device_, grid, by_packs ? rms_norm_kernel<kPackSize<T>, T> : rms_norm_kernel<1, T>, x.as<T>(),
            weight.as<T>(), y.as<T>(), inverse_rms.as<stat_t<T>>(), x[0], x[1], epsilon);
   });
@@ -177,7 +177,8 @@ void CudaBackend::do_rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tenso
                                 .rows_per_block = rows_per_block};
     const Grid grid{
         .blocks = blocks, .threads = kThreads, .shared_bytes = static_cast<std::size_t>(row_bytes)};
-    const bool by_packs = packs<T>(columns, {dy.data, x.data, weight.data, residual_gradient.data, dx.data});
+    const bool by_packs =
+        in_packs<kPackSize<T>>(columns, {dy.data, x.data, weight.data, residual_gradient.data, dx.data});
     launch(device_, grid,
            by_packs ? rms_norm_backward_kernel<kPackSize<T>, T> : rms_norm_backward_kernel<1, T>, op);
     add_partial_rows(device_, partial, blocks, columns, dw.as<S>());

@@ -9,7 +9,8 @@ namespace regroup {
 // sums[c] += sum_b partial[b, c]: warp w of a block adds up b = w, w + 32, ..., then the warps follow in
 // their order. A block owns 32 columns.
 template <class S>
-__global__ void add_partial_rows_kernel(const S* partial, index_t count, index_t columns, S* sums) {
+__global__ void __launch_bounds__(kWarpThreads* kWarpThreads)
+    add_partial_rows_kernel(const S* partial, index_t count, index_t columns, S* sums) {
   __shared__ S of_warp[kWarpThreads][kWarpThreads];
   const unsigned lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const index_t column = index_t{blockIdx.x} * kWarpThreads + lane;

@@ -28,7 +28,8 @@ struct FromPass {
 
 // counts[chunk, digit] = tokens of the chunk that have the digit.
 template <class Source>
-__global__ void count_kernel(Source source, index_t tokens, int shift, std::uint32_t* counts) {
+__global__ void __launch_bounds__(kChunk)
+    count_kernel(Source source, index_t tokens, int shift, std::uint32_t* counts) {
   __shared__ std::uint32_t of_digit[kDigits];
   if (threadIdx.x < kDigits) of_digit[threadIdx.x] = 0;
   __syncthreads();
@@ -76,8 +77,8 @@ __device__ unsigned lanes_alike(unsigned digit, bool valid) {
 }
 
 template <class Source>
-__global__ void scatter_kernel(Source source, index_t tokens, int shift, const std::uint32_t* counts,
-                               SortedToken* result) {
+__global__ void __launch_bounds__(kChunk) scatter_kernel(Source source, index_t tokens, int shift,
+                                                         const std::uint32_t* counts, SortedToken* result) {
   __shared__ std::uint32_t next[kWarps][kDigits];  // where a warp's first token with a digit goes
   const unsigned lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const index_t n = index_t{blockIdx.x} * kChunk + threadIdx.x;

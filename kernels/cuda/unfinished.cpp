@@ -1,4 +1,0 @@
-#include "kernels/cuda/cuda_backend.h"
-
-namespace regroup {
-}  // namespace regroup
