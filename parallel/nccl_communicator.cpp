@@ -97,45 +97,41 @@ class NcclCommunicator final : public Communicator {
       check_nccl(ncclCommInitRankConfig(&communicator, size(), id, rank(), &config),
                  "ncclCommInitRankConfig");
       communicator_.reset(communicator);
-      settle("its start");
+      settle();
     });
   }
 
+  // SystemError naming rank, axis and the last collective where NCCL has failed.
+  void require_health(ncclResult_t state) const {
+    if (state == ncclSuccess || state == ncclInProgress) return;
+    throw SystemError("{} rank {} of {}: NCCL failed at {}: {} ({})", name(), rank(), size(), last_,
+                      ncclGetErrorString(state), ncclGetLastError(communicator_.get()));
+  }
+  ncclResult_t state() const {
+    ncclResult_t state = ncclSuccess;
+    check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
+    require_health(state);
+    return state;
+  }
+
   // Waits until the communicator has taken what it was last given.
-  void settle(const char* what) const {
+  void settle() const {
     const auto start = Clock::now();
-    for (;;) {
-      ncclResult_t state = ncclSuccess;
-      check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
-      if (state == ncclSuccess) return;
-      if (state != ncclInProgress) {
-        throw SystemError("{}: NCCL failed in {}: {} ({})", name(), what, ncclGetErrorString(state),
-                          ncclGetLastError(communicator_.get()));
-      }
-      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
-      if (waited > options_.deadline_seconds) {
-        throw SystemError("{}: NCCL has not come through {} in {:.0f} s: a rank is late or gone", name(),
-                          what, waited);
-      }
+    while (state() == ncclInProgress) {
+      watch(std::chrono::duration<double>(Clock::now() - start).count());
       std::this_thread::yield();
     }
   }
 
-  // Called while the host waits for the device.
+  // Called while the host waits for the device too.
   void watch(double seconds) const {
-    ncclResult_t state = ncclSuccess;
-    check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
-    if (state != ncclSuccess && state != ncclInProgress) {
-      throw SystemError("{} rank {} of {}: NCCL failed by {}: {} ({})", name(), rank(), size(), last_,
-                        ncclGetErrorString(state), ncclGetLastError(communicator_.get()));
-    }
-    if (seconds > options_.deadline_seconds) {
-      throw SystemError(
-          "{} rank {} of {}: the device has not come past its queue in {:.0f} s; the axis's last collective "
-          "is {}. A "
-          "rank of it is late or gone, or a link is down",
-          name(), rank(), size(), seconds, last_);
-    }
+    state();
+    if (seconds <= options_.deadline_seconds) return;
+    throw SystemError(
+        "{} rank {} of {}: no end of what the device was given after {:.0f} s; the axis's last collective is "
+        "{}. "
+        "A rank of it is late or gone, or a link is down (--collective-timeout)",
+        name(), rank(), size(), seconds, last_);
   }
 
   // The collective's stream goes on after what the compute stream was given so far.
@@ -144,8 +140,8 @@ class NcclCommunicator final : public Communicator {
     last_ = fmt::format("number {}, {} of {}", ++collectives_, what, x.describe());
     check_cuda(cudaEventRecord(issued_.get(), device_.stream()), "cudaEventRecord");
     check_cuda(cudaStreamWaitEvent(stream_.get(), issued_.get(), 0), "cudaStreamWaitEvent");
-    check_nccl(collective(), what);
-    settle(what);
+    require_health(collective());
+    settle();
   }
 
   void do_start_all_reduce(Tensor x, ReduceOp op) override {
@@ -178,7 +174,7 @@ class NcclCommunicator final : public Communicator {
   CudaEvent issued_, done_;
   std::shared_ptr<const CudaDevice::WaitGuard> guard_;
   index_t collectives_ = 0;
-  std::string last_ = "none yet";
+  std::string last_ = "its start";
 };
 
 }  // namespace

@@ -198,7 +198,7 @@ def project_headers(source):
 
 # (rule, names of headers, prefixes of the paths that may include them)
 LIBRARY_HEADERS = (
-    ("mpi", r"mpi\.h|mpi-ext\.h|nccl\.h", ("parallel/", "tests/support/")),
+    ("mpi", r"mpi\.h|mpi-ext\.h|nccl\.h", ("parallel/", "tests/support/", "tests/cuda_emulation/nccl.")),
     ("cuda", r"(.*/)?(cuda|cublas|cudnn)[^/]*(/.*)?", ("kernels/cuda/", "parallel/nccl_", "tests/cuda_emulation/")),
     ("onednn", r"oneapi/dnnl/.*|dnnl.*\.h(pp)?", ("kernels/cpu/",)),
 )
