@@ -1,5 +1,6 @@
 #include "tests/cuda_emulation/fiber.h"
 
+#include <cstdint>
 #include <utility>
 
 #include <boost/context/preallocated.hpp>
@@ -30,9 +31,12 @@ void finish_switch(void* fake_stack, const void** old_bottom, std::size_t* old_s
 Fiber::Fiber(std::function<void()> body) : body_(std::move(body)), stacks_(kStackBytes) {
   const boost::context::stack_context stack = stacks_.allocate();
   stack_ = {.bottom = static_cast<const std::byte*>(stack.sp) - stack.size, .size = stack.size};
-  context_ =
-      boost::context::fiber(std::allocator_arg, boost::context::preallocated(stack.sp, stack.size, stack),
-                            stacks_, [this](boost::context::fiber&& host) { return run(std::move(host)); });
+  // Stacks that begin at different places of their pages do not compete for the same lines of a cache.
+  const std::size_t shift = reinterpret_cast<std::uintptr_t>(stack.sp) / 4096 % 32 * 128;
+  context_ = boost::context::fiber(
+      std::allocator_arg,
+      boost::context::preallocated(static_cast<std::byte*>(stack.sp) - shift, stack.size - shift, stack),
+      stacks_, [this](boost::context::fiber&& host) { return run(std::move(host)); });
 }
 
 Fiber::~Fiber() {

@@ -86,6 +86,7 @@ class Machine {
   std::optional<GuardedMemory> shared_;
   std::vector<std::unique_ptr<Thread>> threads_;  // the block's `size_`, and more of larger blocks before
   std::size_t size_ = 0;
+  std::vector<std::size_t> arrived_;  // by warp, at its barrier
   Thread* current_ = nullptr;
   int votes_ = 0, released_votes_ = 0;
 };
@@ -152,6 +153,7 @@ void Machine::run_block() {
     thread.copies.clear();
   }
   const std::size_t warps = (size_ + kWarpSize - 1) / kWarpSize;
+  arrived_.assign(warps, 0);
   while (true) {
     bool progress = false;
     for (const std::size_t number : permutation(warps)) {
@@ -219,15 +221,16 @@ void Machine::synchronize_warp(const char* what, void* slot, const Combine& comb
   me.slot = slot;
   me.waits_for = what;
   me.state = State::kAtWarpBarrier;
-  const Warp lanes = warp(me.number / kWarpSize);
-  if (!std::all_of(lanes.begin(), lanes.end(),
-                   [](const auto& t) { return t->state == State::kAtWarpBarrier; })) {
+  const std::size_t number = me.number / kWarpSize;
+  const Warp lanes = warp(number);
+  if (++arrived_[number] < lanes.size()) {
     me.fiber->suspend();
     return;
   }
+  arrived_[number] = 0;
   AnySlots slots{};
   for (std::size_t i = 0; i < lanes.size(); ++i) {
-    if (std::string_view(lanes[i]->waits_for) != what) {
+    if (lanes[i]->waits_for != what && std::string_view(lanes[i]->waits_for) != what) {
       throw InternalError(
           "block {}: lanes of one warp are at different instructions, thread {} at {} and thread {} at {}",
           text(blockIdx), text(lanes[i]->index), lanes[i]->waits_for, text(me.index), what);
