@@ -1,5 +1,5 @@
 #include "kernels/cuda/flash_attention.h"
-#include "kernels/cuda/flash_attention_tile.cuh"
+#include "kernels/cuda/flash_attention_softmax.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace regroup {
@@ -30,9 +30,7 @@ class Forward {
         // With a causal mask the last queries have most to do: they begin first.
         first_(static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows),
         row_(first_ + warp_index() * kWarpRows),
-        mask_(x.key_mask ? x.key_mask + index_t{sample_} * x.keys : nullptr) {
-    for (float& largest : largest_) largest = -INFINITY;
-  }
+        mask_(x.key_mask ? x.key_mask + index_t{sample_} * x.keys : nullptr) {}
 
   __device__ void run() {
     int end = visible_end(mask_, x_.keys);
@@ -89,78 +87,28 @@ class Forward {
     if (bits == 0) return;
     const bool crossed = x_.causal && key + kColumns - 1 > row_;
     if (crossed || ~bits != 0) hide<kBlocks>(scores, bits, crossed, row_ + lane_row() + 1 - key);
-    soften(scores);
-    if constexpr (kDropout) drop(key, scores);
+    float factors[kLines];
+    softmax_(scores, factors);
+    scale_lines<kBlocks, C>(sums_, factors);
+    if constexpr (kDropout) {
+      drop<kBlocks>(
+          scores, x_.dropout,
+          x_.first_element(sample_, head_) + static_cast<std::uint64_t>(index_t{row_} * x_.keys + key),
+          x_.keys);
+    }
     Operand<kBlocks> probabilities;
     round_scores<kBlocks>(probabilities, scores);
     multiply_add<C, kBlocks>(sums_, probabilities, shared_.values[tile % 2]);
   }
 
-  // Scores to 2^(score - largest so far), and what has been summed before to the new scale.
-  __device__ void soften(Scores<kBlocks>& scores) {
-#pragma unroll
-    for (int l = 0; l < kLines; ++l) {
-      float largest = largest_[l];
-#pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[l / 2][n][l % 2 * 2], scores[l / 2][n][l % 2 * 2 + 1]));
-      }
-#pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, distance));
-      }
-      const float shift = largest == -INFINITY ? 0.0F : largest;
-      const float factor = ptx::exp2_approx(largest_[l] - shift);
-      largest_[l] = largest;
-      float total = total_[l] * factor;
-#pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = scores[l / 2][n][l % 2 * 2 + e];
-          score = ptx::exp2_approx(score - shift);
-          total += score;
-        }
-      }
-      total_[l] = total;
-#pragma unroll
-      for (int n = 0; n < C / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) sums_[l / 2][n][l % 2 * 2 + e] *= factor;
-      }
-    }
-  }
-
-  __device__ void drop(int key, Scores<kBlocks>& scores) {
-    KeptKeys<kBlocks> kept;
-    kept.draw(x_.dropout,
-              x_.first_element(sample_, head_) + static_cast<std::uint64_t>(index_t{row_} * x_.keys + key),
-              x_.keys);
-#pragma unroll
-    for (int l = 0; l < kLines; ++l) {
-      const std::uint64_t line = kept.line(l);
-#pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if ((line >> (8 * n + e) & 1) == 0) scores[l / 2][n][l % 2 * 2 + e] = 0;
-        }
-      }
-    }
-  }
-
   __device__ void finish() {
-    float factors[kLines];
+    float factors[kLines], log_sum_exp[kLines];
+    softmax_.finish(kDropout ? static_cast<float>(x_.dropout.kept) : 1.0F, factors, log_sum_exp);
 #pragma unroll
     for (int l = 0; l < kLines; ++l) {
-      float total = total_[l];
-#pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2) total += __shfl_xor_sync(kWarp, total, distance);
-      factors[l] = total == 0 ? 0.0F : (kDropout ? static_cast<float>(x_.dropout.kept) : 1.0F) / total;
       const int query = row_ + 8 * l + lane_row();
       if (lane_column() == 0 && query < x_.queries) {
-        x_.log_sum_exp[x_.statistics_of(sample_, head_) + query] =
-            total == 0 ? INFINITY : (largest_[l] + log2f(total)) * kLn2;
+        x_.log_sum_exp[x_.statistics_of(sample_, head_) + query] = log_sum_exp[l];
       }
     }
     store_rows<C, kBlocks>(sums_, factors, shared_.q, warp_index() * kWarpRows, out_.at(sample_, row_, head_),
@@ -173,7 +121,7 @@ class Forward {
   const int head_, sample_, first_, row_;  // row_: the warp's first query
   const std::int32_t* mask_;
   Sums<kBlocks, C> sums_ = {};
-  float largest_[kLines], total_[kLines] = {};
+  OnlineSoftmax<kBlocks> softmax_;
 };
 
 template <int C, bool kBias, bool kDropout>

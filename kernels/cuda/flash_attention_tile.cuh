@@ -45,7 +45,7 @@ __device__ bfloat16* chunk_at(bfloat16* tile, int row, int chunk) {
 }
 
 // Rows 0 .. kRows - 1 from `rows` on in the background; zeros from row `count` and column `size` on.
-template <int C, int kRows>
+template <int C, int kRows, int kThreads = flash::kThreads>
 __device__ void copy_rows(bfloat16* tile, const bfloat16* rows, index_t stride, int count, int size) {
   constexpr int kStep = kThreads / (C / 8);  // rows at a time, a multiple of 8
   const int row = static_cast<int>(threadIdx.x) / (C / 8), chunk = static_cast<int>(threadIdx.x) % (C / 8);
@@ -185,7 +185,7 @@ __device__ void store_rows(const Sums<kBlocks, C>& sums, const float (&factors)[
 // log2(e), in shared memory. Of these a lane needs one pair for each difference of a step and a line.
 
 // Numbers `first` .. first + kCount - 1 of `table`, zeros outside, in two halves around the work on a tile.
-template <int kCount>
+template <int kCount, int kThreads = flash::kThreads>
 class Window {
  public:
   __device__ void fetch(const float* table, int size, int first) {

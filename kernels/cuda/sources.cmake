@@ -5,4 +5,4 @@ set(regroup_cuda_sources
   memory.cu activation.cu norm.cu embedding.cu token_sort.cu relative_bias.cu cross_entropy.cu
   adafactor.cu adamw.cu
   attention.cpp attention_bias_gradient.cu simple_attention.cu
-  flash_attention_forward.cu flash_attention_backward.cu)
+  flash_attention_forward.cu flash_attention_backward.cu flash_attention_wgmma.cu)

@@ -99,4 +99,62 @@ void cp_async_wait() {
   emulation::wait_for_copies(pending);
 }
 
+inline void* align_shared_1024(void* shared) {
+  return static_cast<char*>(shared) + (-reinterpret_cast<std::uintptr_t>(shared) & 1023);
+}
+inline void fence_for_wgmma() {}
+inline void pin(float (&)[8][4]) {}
+inline void pin(std::uint32_t (&)[4]) {}
+inline void wgmma_begin() {}
+inline void wgmma_end() {}
+
+// PTX ISA, "Matrix descriptor" and "Swizzling modes": the bytes of b by the canonical layouts of 128-byte
+// swizzling, then bits 4 to 6 of the address exclusive or bits 7 to 9. Done at once, each warp for itself.
+template <bool kTransposed>
+void wgmma_m64n64k16(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, bool accumulate) {
+  constexpr std::uintptr_t kGroup = 1024;  // bytes between groups of 8 rows
+  const auto element = [b](int row, int column) {
+    const auto r = static_cast<std::uintptr_t>(row), c = static_cast<std::uintptr_t>(column);
+    const std::uintptr_t place = reinterpret_cast<std::uintptr_t>(b) + r / 8 * kGroup + r % 8 * 128 + c * 2;
+    bfloat16 value;
+    std::memcpy(&value, reinterpret_cast<const void*>(place ^ (place >> 7 & 7) << 4), sizeof value);
+    return static_cast<float>(value);
+  };
+  struct Slot {
+    float (*d)[4];
+    const std::uint32_t* a;
+    const void* b;
+    bool accumulate;
+  };
+  Slot mine{d, a, b, accumulate};
+  emulation::collective("wgmma", mine, [&element](const emulation::Slots<Slot>& lanes) {
+    float left[16][16];
+    for (int l = 0; l < 32; ++l) {
+      check(lanes[l] != nullptr && lanes[l]->b == lanes[0]->b && lanes[l]->accumulate == lanes[0]->accumulate,
+            "wgmma by lanes that do not agree");
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) {
+          left[l / 4 + i % 2 * 8][2 * (l % 4) + i / 2 * 8 + half] = bf16_of(lanes[l]->a[i], half);
+        }
+      }
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(lanes[0]->b);
+    check(address % 16 == 0 && (address & 0x380) == 0, "wgmma of a tile that is not aligned to 1024 bytes");
+    float right[16][64];
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 64; ++n) right[k][n] = kTransposed ? element(k, n) : element(n, k);
+    }
+    for (int l = 0; l < 32; ++l) {
+      for (int n = 0; n < 8; ++n) {
+        for (int i = 0; i < 4; ++i) {
+          const int row = l / 4 + i / 2 * 8, column = 8 * n + 2 * (l % 4) + i % 2;
+          float sum = 0;
+          for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+          lanes[l]->d[n][i] = sum + (lanes[l]->accumulate ? lanes[l]->d[n][i] : 0.0F);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace regroup::ptx
