@@ -166,7 +166,7 @@ class Backend {
   // y[n] =
   // table[ids[n] - first_id] where that row is in this rank's table, else 0. ids int32 [N]; table T [V, D].
   void embedding(Tensor ids, Tensor table, index_t first_id, Tensor y);
-  // dtable[ids[n] - first_id] += dy[n], in the order of n whatever the number of threads. dtable S [V, D].
+  // dtable[ids[n] - first_id] += dy[n], in an order that is a function of the ids alone. dtable S [V, D].
   void embedding_backward(Tensor ids, Tensor dy, index_t first_id, Tensor dtable /* += */);
 
   // ---- relative position bias (T5)

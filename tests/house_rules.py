@@ -214,13 +214,15 @@ def library_headers(source):
 
 
 FACTORY = re.compile(r"(?<!return)[\w>&*]\s+(\w+::)*make_(backend|communicator)\s*\([^;{}]*\)\s*(noexcept\s*)?\{")
-INSTRUCTION_SET = re.compile(r"__(AVX|AMX|SSE|FMA|F16C|BMI|ARM_|aarch64|x86_64)\w*")
+INSTRUCTION_SETS = {"kernels/cpu/": re.compile(r"__(AVX|AMX|SSE|FMA|F16C|BMI|ARM_|aarch64|x86_64)\w*"),
+                    "kernels/cuda/ptx.cuh": re.compile(r"__CUDA_ARCH\w*")}
 
 
 def feature_conditions(source):
     for line, match in source.find(r"(?m)^[ \t]*#[ \t]*(?:if|ifdef|ifndef|elif)\b((?:\\\n|[^\n])*)", source.code):
         words = [w for w in re.findall(r"[A-Za-z_]\w*", match.group(1)) if w != "defined"]
-        if source.path.startswith("kernels/cpu/") and words and all(INSTRUCTION_SET.match(w) for w in words):
+        known = [names for place, names in INSTRUCTION_SETS.items() if source.path.startswith(place)]
+        if known and words and all(known[0].match(word) for word in words):
             continue
         if not FACTORY.search(source.plain):
             condition = match.group().strip()
