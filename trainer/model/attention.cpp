@@ -14,6 +14,7 @@ Tensor heads_of(Tensor rows, index_t batch, index_t first, index_t count, index_
 
 AttentionOptions options_of(const Step& step, const AttentionShape& shape, bool causal) {
   return {.causal = causal,
+          .padded_at_end = true,  // as batches are made
           .dropout_rate = step.dropout_rate,
           .dropout_key = step.dropout_key.child(static_cast<std::uint64_t>(shape.site)),
           .first_sample = step.first_sample,
