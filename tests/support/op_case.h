@@ -151,7 +151,20 @@ class Instance {
 
 // The outputs agree with the case's reference within tolerance() of tolerances.h.
 void expect_parity(Backend& backend, const OpCase& op, DType compute);
-// Two backends give the same bits.
-void expect_same_bits(Backend& a, Backend& b, const OpCase& op, DType compute);
+// The bytes of every argument after the op has run.
+std::vector<std::vector<std::byte>> bytes_after(Backend& backend, const OpCase& op, DType compute);
+
+// All backends, given as a range of pointers, give the same bits.
+template <class Backends>
+void expect_same_bits(const Backends& backends, const OpCase& op, DType compute) {
+  const auto first = bytes_after(*backends[0], op, compute);
+  for (std::size_t n = 1; n < std::size(backends); ++n) {
+    const auto other = bytes_after(*backends[n], op, compute);
+    for (std::size_t i = 0; i < first.size(); ++i) {
+      EXPECT_EQ(first[i], other[i]) << op.name << ' ' << name_of(compute) << ": " << op.arguments[i].name
+                                    << " of backends 0 and " << n;
+    }
+  }
+}
 
 }  // namespace regroup::test
