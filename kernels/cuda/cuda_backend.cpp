@@ -1,5 +1,8 @@
 #include "kernels/cuda/cuda_backend.h"
 
+#include <nlohmann/json.hpp>
+
+#include "kernels/cuda/attention_choice.h"
 #include "kernels/cuda/matmul.h"
 #include "kernels/make_backend.h"
 
@@ -16,7 +19,11 @@ std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
 }
 
 CudaBackend::CudaBackend(int ordinal, bool deterministic)
-    : device_(ordinal), matmul_(std::make_unique<CublasLtMatmul>(device_, deterministic)) {}
+    : device_(ordinal),
+      deterministic_(deterministic),
+      matmul_(std::make_unique<CublasLtMatmul>(device_, deterministic)),
+      attention_(
+          std::make_unique<AttentionChoice>(device_, attention_choice_options(device_, deterministic))) {}
 
 CudaBackend::~CudaBackend() = default;
 
@@ -35,8 +42,31 @@ void CudaBackend::copy_to_host(Tensor tensor, void* host) {
 
 std::string CudaBackend::device_id() const {
   std::string id;
-  for (const char byte : device_.properties().uuid.bytes) id += fmt::format("{:02x}", static_cast<unsigned char>(byte));
+  for (const char byte : device_.properties().uuid.bytes)
+    id += fmt::format("{:02x}", static_cast<unsigned char>(byte));
   return id;
+}
+
+std::string CudaBackend::tuning() const {
+  if (deterministic_) return {};
+  return nlohmann::json{{"matmul", nlohmann::json::parse(matmul_->chosen())},
+                        {"attention", nlohmann::json::parse(attention_->chosen())}}
+             .dump(2) +
+         "\n";
+}
+
+void CudaBackend::set_tuning(const std::string& text) {
+  if (deterministic_) return;
+  nlohmann::json tables;
+  try {
+    tables = nlohmann::json::parse(text);
+    static_cast<void>(tables.at("matmul"));
+    static_cast<void>(tables.at("attention"));
+  } catch (const nlohmann::json::exception& error) {
+    throw UserError("the tables of measured choices cannot be read: {}", error.what());
+  }
+  // The first says whether they were measured here.
+  if (matmul_->choose(tables["matmul"].dump())) attention_->choose(tables["attention"].dump());
 }
 
 void CudaBackend::synchronize() { device_.synchronize(); }

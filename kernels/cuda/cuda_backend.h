@@ -11,7 +11,8 @@
 
 namespace regroup {
 
-class CublasLtMatmul;  // matmul.h
+class AttentionChoice;  // attention_choice.h
+class CublasLtMatmul;   // matmul.h
 
 class CudaBackend final : public Backend {
  public:
@@ -29,6 +30,8 @@ class CudaBackend final : public Backend {
   bool host_accessible() const override { return false; }
   std::string describe() const override { return device_.describe(); }
   std::string device_id() const override;
+  std::string tuning() const override;
+  void set_tuning(const std::string& text) override;
   index_t piece_elements() const override { return index_t{1} << 28; }
 
   CudaDevice& device() { return device_; }
@@ -73,7 +76,9 @@ class CudaBackend final : public Backend {
   void do_adamw_update(std::span<const AdamWSlot> slots, const AdamWOptions& options) override;
 
   CudaDevice device_;
+  bool deterministic_;
   std::unique_ptr<CublasLtMatmul> matmul_;
+  std::unique_ptr<AttentionChoice> attention_;
   BucketTables bucket_tables_;
   SlotTable adafactor_slots_, adamw_slots_;
 };

@@ -22,37 +22,6 @@ bool is_aligned(const Tensor& t) {
          (t.stride[1] * size_of(t.dtype)) % static_cast<index_t>(kRowAlignment) == 0;
 }
 
-CudnnAttentionShape::Rows rows_of(const Tensor& t) { return {.sample = t.stride[0], .token = t.stride[1]}; }
-
-CudnnAttentionShape shape_of(const AttentionCall& call) {
-  return {.batch = call.q[0],
-          .queries = call.q[1],
-          .keys = call.k[1],
-          .heads = call.q[2],
-          .groups = call.k[2],
-          .channels = call.q[3],
-          .q = rows_of(call.q),
-          .k = rows_of(call.k),
-          .v = rows_of(call.v),
-          .out = rows_of(call.out),
-          .bias = static_cast<bool>(call.bias),
-          .causal = call.options.causal,
-          .padded = static_cast<bool>(call.key_mask)};
-}
-
-CudnnAttentionShape shape_of(const AttentionCall& call, const AttentionGradients& gradients,
-                             bool deterministic) {
-  CudnnAttentionShape shape = shape_of(call);
-  shape.backward = true;
-  shape.dout = rows_of(gradients.dout);
-  shape.dq = rows_of(gradients.dq);
-  shape.dk = rows_of(gradients.dk);
-  shape.dv = rows_of(gradients.dv);
-  shape.dbias = static_cast<bool>(gradients.dbias);
-  shape.deterministic = deterministic;
-  return shape;
-}
-
 // What is true of a call whatever cuDNN says of its shape.
 bool may_support(const AttentionCall& call) {
   const index_t queries = call.q[1], channels = call.q[3];
@@ -83,7 +52,7 @@ class Cudnn final : public CudnnAttention {
     return may_support(call) && plan(shape_of(call)) != nullptr;
   }
   bool supports(const AttentionCall& call, const AttentionGradients& gradients) override {
-    return may_support(call, gradients) && plan(shape_of(call, gradients, deterministic_)) != nullptr;
+    return may_support(call, gradients) && plan(backward_shape_of(call, gradients)) != nullptr;
   }
   void forward(const AttentionCall& call) override {
     run(plan(shape_of(call)), call, pointers_of(call), Tensor());
@@ -94,14 +63,20 @@ class Cudnn final : public CudnnAttention {
     pointers.dq = gradients.dq.data;
     pointers.dk = gradients.dk.data;
     pointers.dv = gradients.dv.data;
-    run(plan(shape_of(call, gradients, deterministic_)), call, pointers, gradients.dbias);
+    run(plan(backward_shape_of(call, gradients)), call, pointers, gradients.dbias);
   }
 
  private:
   struct Entry {
-    CudnnAttentionShape shape;
+    AttentionShape shape;
     std::unique_ptr<CudnnAttentionPlan> plan;  // nullptr: cuDNN has none
   };
+
+  AttentionShape backward_shape_of(const AttentionCall& call, const AttentionGradients& gradients) const {
+    AttentionShape shape = shape_of(call, gradients);
+    shape.deterministic = deterministic_;
+    return shape;
+  }
 
   static CudnnAttentionPointers pointers_of(const AttentionCall& call) {
     return {.q = call.q.data,
@@ -112,7 +87,7 @@ class Cudnn final : public CudnnAttention {
   }
 
   // A model has a handful of shapes, so a list is searched as fast as a table.
-  const CudnnAttentionPlan* plan(const CudnnAttentionShape& shape) {
+  const CudnnAttentionPlan* plan(const AttentionShape& shape) {
     for (const Entry& entry : entries_) {
       if (entry.shape == shape) return entry.plan.get();
     }

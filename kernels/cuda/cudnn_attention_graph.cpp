@@ -35,7 +35,7 @@ namespace {
 namespace fe = cudnn_frontend;
 using fe::graph::Tensor_attributes;
 using Operand = std::shared_ptr<Tensor_attributes>;
-using Rows = CudnnAttentionShape::Rows;
+using Rows = AttentionShape::Rows;
 
 enum Id : index_t {
   kQ = 1,
@@ -79,7 +79,7 @@ class OpenGraph : public fe::graph::Graph {
 // Declares the operands of one attention and the attention itself.
 class AttentionGraph {
  public:
-  AttentionGraph(OpenGraph& graph, const CudnnAttentionShape& shape) : graph_(graph), s_(shape) {
+  AttentionGraph(OpenGraph& graph, const AttentionShape& shape) : graph_(graph), s_(shape) {
     graph.set_io_data_type(fe::DataType_t::BFLOAT16)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
@@ -169,7 +169,7 @@ class AttentionGraph {
   }
 
   OpenGraph& graph_;
-  const CudnnAttentionShape& s_;
+  const AttentionShape& s_;
 };
 
 // A descriptor of cuDNN's backend, with its attributes set and finished.
@@ -219,7 +219,7 @@ CudnnHandle::~CudnnHandle() = default;
 
 class CudnnAttentionPlan::Graph {
  public:
-  explicit Graph(const CudnnAttentionShape& shape) { AttentionGraph(graph_, shape).declare(); }
+  explicit Graph(const AttentionShape& shape) { AttentionGraph(graph_, shape).declare(); }
 
   // "" or what cuDNN says.
   std::string build(cudnnHandle_t handle) {
@@ -293,7 +293,7 @@ std::string CudnnAttentionPlan::Graph::problem_on(const std::string& device) {
 
 bool CudnnAttentionPlan::in_this_build() { return true; }
 
-std::string CudnnAttentionPlan::problem_on(const CudnnAttentionShape& shape, const std::string& device) {
+std::string CudnnAttentionPlan::problem_on(const AttentionShape& shape, const std::string& device) {
   return Graph(shape).problem_on(device);
 }
 
@@ -301,7 +301,7 @@ CudnnAttentionPlan::CudnnAttentionPlan(std::unique_ptr<Graph> graph) : graph_(st
 CudnnAttentionPlan::~CudnnAttentionPlan() = default;
 
 std::unique_ptr<CudnnAttentionPlan> CudnnAttentionPlan::make(const CudnnHandle& handle,
-                                                             const CudnnAttentionShape& shape,
+                                                             const AttentionShape& shape,
                                                              std::string& problem) {
   auto graph = std::make_unique<Graph>(shape);
   problem = graph->build(handle.connection_->get());

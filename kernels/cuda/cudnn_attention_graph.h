@@ -5,28 +5,10 @@
 #include <memory>
 #include <string>
 
+#include "kernels/cuda/attention_shape.h"
 #include "kernels/cuda/cuda_device.h"
 
 namespace regroup {
-
-// Everything that a plan depends on. Letters: kernels/backend.h.
-struct CudnnAttentionShape {
-  struct Rows {
-    index_t sample = 0, token = 0;  // elements from one to the next; a token's heads lie densely
-    bool operator==(const Rows&) const = default;
-  };
-
-  index_t batch = 0, queries = 0, keys = 0, heads = 0, groups = 0, channels = 0;
-  Rows q, k, v, out;
-  bool bias = false, causal = false;
-  bool padded = false;  // key_lengths and query_lengths are given
-  bool backward = false;
-  // Backward only.
-  Rows dout, dq, dk, dv;
-  bool dbias = false, deterministic = false;
-
-  bool operator==(const CudnnAttentionShape&) const = default;
-};
 
 // Device memory. bfloat16 except where said; of forward: the first eight.
 struct CudnnAttentionPointers {
@@ -59,11 +41,11 @@ class CudnnAttentionPlan {
   // False where there was no cudnn-frontend to build with; then this is the only member that may be used.
   static bool in_this_build();
   // nullptr where cuDNN has no kernel for the shape; `problem` then says why in one line.
-  static std::unique_ptr<CudnnAttentionPlan> make(const CudnnHandle& handle, const CudnnAttentionShape& shape,
+  static std::unique_ptr<CudnnAttentionPlan> make(const CudnnHandle& handle, const AttentionShape& shape,
                                                   std::string& problem);
   // The problem that make() would have on a GPU that is not here, or "". `device`: JSON of its properties, in
   // the names of CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION. The kernel is compiled, but cannot run.
-  static std::string problem_on(const CudnnAttentionShape& shape, const std::string& device);
+  static std::string problem_on(const AttentionShape& shape, const std::string& device);
 
   class Graph;
   explicit CudnnAttentionPlan(std::unique_ptr<Graph> graph);  // by make()

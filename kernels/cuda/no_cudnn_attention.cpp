@@ -7,7 +7,7 @@ std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice&, bool) { return
 
 bool CudnnAttentionPlan::in_this_build() { return false; }
 
-std::string CudnnAttentionPlan::problem_on(const CudnnAttentionShape&, const std::string&) {
+std::string CudnnAttentionPlan::problem_on(const AttentionShape&, const std::string&) {
   throw InternalError("a plan of cuDNN's in a build without cudnn-frontend");
 }
 

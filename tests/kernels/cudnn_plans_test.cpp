@@ -33,13 +33,13 @@ struct Attention {
 void PrintTo(const Attention& attention, std::ostream* out) { *out << attention.name; }
 
 // q, k and v are parts of one row, as the projections leave them; of cross-attention k and v alone.
-CudnnAttentionShape shape_of(const Attention& a) {
+AttentionShape shape_of(const Attention& a) {
   constexpr index_t kChannels = 64, kBatch = 8;
   const bool cross = a.queries != a.keys;
   const index_t kv = (cross ? 0 : a.heads) + 2 * a.groups, q = cross ? a.heads : kv;
-  const CudnnAttentionShape::Rows q_rows{a.queries * q * kChannels, q * kChannels};
-  const CudnnAttentionShape::Rows kv_rows{a.keys * kv * kChannels, kv * kChannels};
-  const CudnnAttentionShape::Rows out_rows{a.queries * a.heads * kChannels, a.heads * kChannels};
+  const AttentionShape::Rows q_rows{a.queries * q * kChannels, q * kChannels};
+  const AttentionShape::Rows kv_rows{a.keys * kv * kChannels, kv * kChannels};
+  const AttentionShape::Rows out_rows{a.queries * a.heads * kChannels, a.heads * kChannels};
   return {.batch = kBatch,
           .queries = a.queries,
           .keys = a.keys,
@@ -67,7 +67,7 @@ class CudnnPlans : public testing::TestWithParam<Attention> {
           << "this build has no cuDNN attention: cudnn_frontend.h was not found (.ci/install unpacks it)";
     }
   }
-  static void expect_plan(const CudnnAttentionShape& shape) {
+  static void expect_plan(const AttentionShape& shape) {
     for (const char* device : {kH100, kA100}) {
       EXPECT_EQ(CudnnAttentionPlan::problem_on(shape, std::string(device) + kBoth), "")
           << (shape.backward ? "backward" : "forward") << (shape.deterministic ? " deterministic" : "")
@@ -77,7 +77,7 @@ class CudnnPlans : public testing::TestWithParam<Attention> {
 };
 
 TEST_P(CudnnPlans, ForwardAndBackward) {
-  CudnnAttentionShape shape = shape_of(GetParam());
+  AttentionShape shape = shape_of(GetParam());
   expect_plan(shape);
   if (!GetParam().training) return;
   shape.backward = true;
@@ -106,14 +106,14 @@ INSTANTIATE_TEST_SUITE_P(T5, CudnnPlans, testing::ValuesIn(kAttentions),
 using CudnnPlan = CudnnPlans;
 
 TEST_F(CudnnPlan, DeterministicBackward) {
-  CudnnAttentionShape shape = shape_of(kAttentions[3]);
+  AttentionShape shape = shape_of(kAttentions[3]);
   shape.backward = shape.dbias = shape.deterministic = true;
   expect_plan(shape);
 }
 
 // That a plan is there means something: there is none for what cuDNN cannot do.
 TEST_F(CudnnPlan, NoneForAnOddHead) {
-  CudnnAttentionShape shape = shape_of(kAttentions[1]);
+  AttentionShape shape = shape_of(kAttentions[1]);
   shape.channels = 60;
   EXPECT_NE(CudnnAttentionPlan::problem_on(shape, std::string(kH100) + kBoth), "");
 }
