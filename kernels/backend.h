@@ -37,8 +37,8 @@ struct Dropout {
 
 struct AttentionOptions {
   bool causal = false;  // query i sees keys <= i
-  // The caller's word that every key_mask[b] is one or more 1s, then 0s. Changes no result; more kernels can
-  // do it.
+  // The caller's word that every key_mask[b] is one or more nonzeros, then 0s. Changes no result; more
+  // kernels can do it.
   bool padded_at_end = false;
   // Dropout of probabilities: element ((first_sample + b) * heads + first_head + h, i, j) of the global
   // [samples * heads, Q, K] array of probabilities.

@@ -14,7 +14,7 @@ void expand_bias(CudaDevice& device, Tensor bias, index_t queries, bfloat16* ful
 void sum_bias_gradient(CudaDevice& device, const bfloat16* dfull, index_t queries, Tensor dbias /* += */);
 
 // query_lengths[b] = queries; key_lengths[b] = the number of keys that key_mask[b] shows, at least 1.
-// key_mask int32 [B, K], each row 1s and then 0s.
+// key_mask int32 [B, K], each row nonzeros and then 0s.
 void sequence_lengths(CudaDevice& device, Tensor key_mask, index_t queries, std::int32_t* query_lengths,
                       std::int32_t* key_lengths);
 
