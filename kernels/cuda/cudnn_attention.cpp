@@ -1,5 +1,6 @@
 #include "kernels/cuda/cudnn_attention.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,12 +14,16 @@ namespace {
 constexpr index_t kAlignment = 128;           // of the parts of the workspace
 constexpr std::uintptr_t kRowAlignment = 16;  // of the operands' rows, bytes
 constexpr index_t kLargestHead = 128;
+// cuDNN's backward with a bias gradient keeps all scores' gradients at once; beyond this the memory is better
+// used.
+constexpr index_t kLargestWorkspace = index_t{1} << 30;
+constexpr index_t kShareOfFreeMemory = 4;
 
 index_t aligned(index_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+bool is_aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % kRowAlignment == 0; }
 bool is_aligned(const Tensor& t) {
-  return reinterpret_cast<std::uintptr_t>(t.data) % kRowAlignment == 0 &&
-         (t.stride[0] * size_of(t.dtype)) % static_cast<index_t>(kRowAlignment) == 0 &&
+  return is_aligned(t.data) && (t.stride[0] * size_of(t.dtype)) % static_cast<index_t>(kRowAlignment) == 0 &&
          (t.stride[1] * size_of(t.dtype)) % static_cast<index_t>(kRowAlignment) == 0;
 }
 
@@ -28,7 +33,7 @@ bool may_support(const AttentionCall& call) {
   return call.q.dtype == DType::kBFloat16 && call.q.numel() > 0 && call.k.numel() > 0 &&
          channels <= kLargestHead && channels % 8 == 0 && call.options.dropout_rate == 0 &&
          (!call.key_mask || call.options.padded_at_end) && is_aligned(call.q) && is_aligned(call.k) &&
-         is_aligned(call.v) && is_aligned(call.out) &&
+         is_aligned(call.v) && is_aligned(call.out) && is_aligned(call.log_sum_exp.data) &&
          // cuDNN 9.18 release notes, known issues: one query, causal, grouped.
          !(call.options.causal && queries == 1);
 }
@@ -43,6 +48,22 @@ bool may_support(const AttentionCall& call, const AttentionGradients& gradients)
          call.q[0] * call.q[2] * queries * size_of(DType::kFloat32) % kAlignment == 0;
 }
 
+// The parts of the workspace, in bytes and in this order.
+struct Workspace {
+  index_t bias = 0, dbias = 0, query_lengths = 0, key_lengths = 0, own = 0;
+  index_t total() const { return bias + dbias + query_lengths + key_lengths + own; }
+};
+
+Workspace workspace_of(const AttentionShape& s, const CudnnAttentionPlan& plan) {
+  const index_t matrix = aligned(s.heads * s.queries * s.keys * size_of(DType::kBFloat16));
+  const index_t lengths = s.padded ? aligned(s.batch * size_of(DType::kInt32)) : 0;
+  return {.bias = s.bias ? matrix : 0,
+          .dbias = s.dbias ? matrix : 0,
+          .query_lengths = lengths,
+          .key_lengths = lengths,
+          .own = plan.workspace_bytes()};
+}
+
 class Cudnn final : public CudnnAttention {
  public:
   Cudnn(CudaDevice& device, bool deterministic)
@@ -54,22 +75,20 @@ class Cudnn final : public CudnnAttention {
   bool supports(const AttentionCall& call, const AttentionGradients& gradients) override {
     return may_support(call, gradients) && plan(backward_shape_of(call, gradients)) != nullptr;
   }
-  void forward(const AttentionCall& call) override {
-    run(plan(shape_of(call)), call, pointers_of(call), Tensor());
-  }
+  void forward(const AttentionCall& call) override { run(shape_of(call), call, pointers_of(call), Tensor()); }
   void backward(const AttentionCall& call, const AttentionGradients& gradients) override {
     CudnnAttentionPointers pointers = pointers_of(call);
     pointers.dout = gradients.dout.data;
     pointers.dq = gradients.dq.data;
     pointers.dk = gradients.dk.data;
     pointers.dv = gradients.dv.data;
-    run(plan(backward_shape_of(call, gradients)), call, pointers, gradients.dbias);
+    run(backward_shape_of(call, gradients), call, pointers, gradients.dbias);
   }
 
  private:
   struct Entry {
     AttentionShape shape;
-    std::unique_ptr<CudnnAttentionPlan> plan;  // nullptr: cuDNN has none
+    std::unique_ptr<CudnnAttentionPlan> plan;  // nullptr: cuDNN has none, or none that fits
   };
 
   AttentionShape backward_shape_of(const AttentionCall& call, const AttentionGradients& gradients) const {
@@ -92,11 +111,19 @@ class Cudnn final : public CudnnAttention {
       if (entry.shape == shape) return entry.plan.get();
     }
     std::string problem;
-    entries_.push_back({shape, CudnnAttentionPlan::make(handle_, shape, problem)});
+    auto made = CudnnAttentionPlan::make(handle_, shape, problem);
+    if (made != nullptr && workspace_of(shape, *made).total() > largest_workspace()) made = nullptr;
+    entries_.push_back({shape, std::move(made)});
     return entries_.back().plan.get();
   }
 
-  void run(const CudnnAttentionPlan* plan, const AttentionCall& call, CudnnAttentionPointers pointers,
+  static index_t largest_workspace() {
+    std::size_t free = 0, total = 0;
+    check_cuda(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return std::min(kLargestWorkspace, static_cast<index_t>(free) / kShareOfFreeMemory);
+  }
+
+  void run(const AttentionShape& shape, const AttentionCall& call, CudnnAttentionPointers pointers,
            Tensor dbias);
 
   CudaDevice& device_;
@@ -105,32 +132,28 @@ class Cudnn final : public CudnnAttention {
   std::vector<Entry> entries_;
 };
 
-// The workspace: [bias][its gradient][lengths of queries][of keys][cuDNN's own].
-void Cudnn::run(const CudnnAttentionPlan* plan, const AttentionCall& call, CudnnAttentionPointers pointers,
+void Cudnn::run(const AttentionShape& shape, const AttentionCall& call, CudnnAttentionPointers pointers,
                 Tensor dbias) {
-  check(plan != nullptr, "cuDNN has no attention for q {}, k {}", call.q.describe(), call.k.describe());
-  const index_t queries = call.q[1];
-  const index_t elements = call.q[2] * queries * call.k[1];
-  const index_t bias_bytes = call.bias ? aligned(elements * size_of(DType::kBFloat16)) : 0;
-  const index_t dbias_bytes = dbias ? bias_bytes : 0;
-  const index_t length_bytes = call.key_mask ? aligned(call.q[0] * size_of(DType::kInt32)) : 0;
-  std::byte* next = device_.workspace(bias_bytes + dbias_bytes + 2 * length_bytes + plan->workspace_bytes());
+  const CudnnAttentionPlan* const made = plan(shape);
+  check(made != nullptr, "cuDNN has no attention for the {}", name_of(shape));
+  const Workspace parts = workspace_of(shape, *made);
+  std::byte* next = device_.workspace(parts.total());
   const auto take = [&next](index_t bytes) { return std::exchange(next, next + bytes); };
   if (call.bias) {
-    auto* full = reinterpret_cast<bfloat16*>(take(bias_bytes));
-    expand_bias(device_, call.bias, queries, full);
+    auto* full = reinterpret_cast<bfloat16*>(take(parts.bias));
+    expand_bias(device_, call.bias, shape.queries, full);
     pointers.bias = full;
   }
-  if (dbias) pointers.dbias = take(dbias_bytes);
+  if (dbias) pointers.dbias = take(parts.dbias);
   if (call.key_mask) {
-    auto* query_lengths = reinterpret_cast<std::int32_t*>(take(length_bytes));
-    auto* key_lengths = reinterpret_cast<std::int32_t*>(take(length_bytes));
-    sequence_lengths(device_, call.key_mask, queries, query_lengths, key_lengths);
+    auto* query_lengths = reinterpret_cast<std::int32_t*>(take(parts.query_lengths));
+    auto* key_lengths = reinterpret_cast<std::int32_t*>(take(parts.key_lengths));
+    sequence_lengths(device_, call.key_mask, shape.queries, query_lengths, key_lengths);
     pointers.query_lengths = query_lengths;
     pointers.key_lengths = key_lengths;
   }
-  plan->execute(handle_, pointers, next);
-  if (dbias) sum_bias_gradient(device_, static_cast<const bfloat16*>(pointers.dbias), queries, dbias);
+  made->execute(handle_, pointers, next);
+  if (dbias) sum_bias_gradient(device_, static_cast<const bfloat16*>(pointers.dbias), shape.queries, dbias);
 }
 
 }  // namespace

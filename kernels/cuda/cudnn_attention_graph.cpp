@@ -259,7 +259,11 @@ class CudnnAttentionPlan::Graph {
 // What OpenGraph::build() does, but with the properties of a device in the place of a handle on one.
 std::string CudnnAttentionPlan::Graph::problem_on(const std::string& device) {
   if (std::string problem = problem_of(graph_.validate()); !problem.empty()) return problem;
-  static_cast<void>(graph_.build_operation_graph(nullptr));  // its last step fails for want of a handle
+  // Its last step fails for want of a handle, which is an error of the backend's.
+  if (fe::error_t status = graph_.build_operation_graph(nullptr);
+      status.is_bad() && status.get_code() != fe::error_code_t::CUDNN_BACKEND_API_FAILED) {
+    return problem_of(status);
+  }
   const auto operations = graph_.operation_descriptors();
   if (operations.empty()) return "the frontend made no operations";
 
