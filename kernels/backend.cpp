@@ -309,6 +309,9 @@ void Backend::attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tens
   check_heads(op, "dk", dk, q, k[1], k[2]);
   check_heads(op, "dv", dv, q, k[1], k[2]);
   op.optional("dbias", dbias, stat_dtype(q.dtype), {q[2], q[1] + k[1] - 1});
+  for (const Tensor& gradient : {dq, dk, dv}) {
+    for (const Tensor& input : {q, k, v, out, dout}) op.apart("a gradient", gradient, "an input", input);
+  }
   flops_ += attention_flops(q, k, options.causal, 4);  // dv = p^T do, dp = do v^T, dq = ds k, dk = ds^T q
   do_attention_backward(dout, q, k, v, bias, key_mask, out, log_sum_exp, dq, dk, dv, dbias, options);
 }

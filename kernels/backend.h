@@ -114,7 +114,7 @@ class Backend {
   virtual bool host_accessible() const { return true; }
   // The device in words, for the log.
   virtual std::string describe() const = 0;
-  // The same for two backends of one host that share a device with memory of its own; empty on the CPU.
+  // The same for two backends on one device with memory of its own, and for no others; empty on the CPU.
   virtual std::string device_id() const { return {}; }
   // The most elements of an intermediate that is made and used in pieces: large enough for fast products,
   // small enough for the device's memory and caches.

@@ -30,6 +30,7 @@ void fill(Backend& backend, Tensor x) {
 
 double measure_matmul_peak(Backend& backend, DType dtype) {
   constexpr double kLeastRun = 0.02, kTotal = 0.3;  // seconds
+  constexpr int kFewestRuns = 4;                    // the first may choose algorithms
   constexpr index_t kSmallest = 256, kLargest = 16384;
   const auto begin = Clock::now();
   for (index_t size = kSmallest;; size *= 2) {
@@ -50,7 +51,7 @@ double measure_matmul_peak(Backend& backend, DType dtype) {
       const auto n = static_cast<double>(size);
       best = std::max(best, 2 * n * n * n / run);
       ++runs;
-    } while (runs < 2 || (run >= kLeastRun && seconds_since(begin) < kTotal));
+    } while (runs < kFewestRuns || (run >= kLeastRun && seconds_since(begin) < kTotal));
     if (run >= kLeastRun || size == kLargest) return best;
   }
 }

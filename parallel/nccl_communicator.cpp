@@ -1,5 +1,6 @@
 #include "parallel/nccl_communicator.h"
 
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -48,14 +49,10 @@ ncclRedOp_t nccl_op(ReduceOp op) {
   throw InternalError("unknown reduction {}", static_cast<int>(op));
 }
 
-// Finalizing waits for the other ranks, which may never come while an exception unwinds this one.
+// Waits for the other ranks, who may never come while an exception unwinds this one.
 struct ReleaseCommunicator {
   void operator()(ncclComm_t communicator) const noexcept {
-    if (std::uncaught_exceptions() > 0) {
-      ncclCommAbort(communicator);
-    } else {
-      ncclCommDestroy(communicator);
-    }
+    if (std::uncaught_exceptions() == 0) ncclCommDestroy(communicator);
   }
 };
 
@@ -69,6 +66,7 @@ class NcclCommunicator final : public Communicator {
     stream_ = make_cuda_stream();
     issued_ = make_cuda_event();
     done_ = make_cuda_event();
+    for (CudaEvent& event : passed_) event = make_cuda_event();
     guard_ = device_.guard_waits([this](double seconds) { watch(seconds); });
   }
 
@@ -79,69 +77,77 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
+  // What fails here fails on this rank first: it throws at once, and main() ends the others, who wait for it.
   void connect(const ProcessGroup& group) {
+    setenv("NCCL_NVLS_ENABLE", "0", 0);  // sums in the switch are not the same in every call
     if (options_.deterministic) {
       setenv("NCCL_ALGO", "Ring", 1);
       setenv("NCCL_PROTO", "Simple", 1);
-      setenv("NCCL_NVLS_ENABLE", "0", 1);
     }
     ncclUniqueId id{};
-    group.run_on(0, [&] { check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId"); });
+    if (rank() == 0) check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId");
     const std::string bytes = group.broadcast(std::string(id.internal, sizeof(id.internal)));
     std::memcpy(id.internal, bytes.data(), sizeof(id.internal));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    config.commName = this->name().c_str();
-    group.run_together([&] {
-      ncclComm_t communicator = nullptr;
-      check_nccl(ncclCommInitRankConfig(&communicator, size(), id, rank(), &config),
-                 "ncclCommInitRankConfig");
-      communicator_.reset(communicator);
-      settle();
-    });
+    config.commName = name().c_str();
+    ncclComm_t communicator = nullptr;
+    check_nccl(ncclCommInitRankConfig(&communicator, size(), id, rank(), &config), "ncclCommInitRankConfig");
+    communicator_.reset(communicator);
+    settle();
   }
 
-  // SystemError naming rank, axis and the last collective where NCCL has failed.
-  void require_health(ncclResult_t state) const {
-    if (state == ncclSuccess || state == ncclInProgress) return;
-    throw SystemError("{} rank {} of {}: NCCL failed at {}: {} ({})", name(), rank(), size(), last_,
-                      ncclGetErrorString(state), ncclGetLastError(communicator_.get()));
+  // SystemError naming rank, axis and the last collective. A communicator that has failed cannot be released:
+  // that waits for the ranks that are late or gone. It is left to the end of the process.
+  template <class... Args>
+  [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {
+    communicator_.release();
+    throw SystemError("{} rank {} of {}, last collective {}: {}", name(), rank(), size(), last_,
+                      fmt::format(format, std::forward<Args>(args)...));
   }
-  ncclResult_t state() const {
+
+  ncclResult_t require_health(ncclResult_t state) {
+    if (state == ncclSuccess || state == ncclInProgress) return state;
+    fail("NCCL failed: {} ({})", ncclGetErrorString(state), ncclGetLastError(communicator_.get()));
+  }
+
+  // Called with the seconds that the host has waited for the device or for NCCL.
+  ncclResult_t watch(double seconds) {
+    if (communicator_ == nullptr) return ncclSuccess;  // has failed, and said so
     ncclResult_t state = ncclSuccess;
     check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
     require_health(state);
+    if (seconds > options_.deadline_seconds) {
+      fail(
+          "no end of what the device was given after {:.0f} s (--collective-timeout); a rank of the axis is "
+          "late or "
+          "gone, or a link is down",
+          seconds);
+    }
     return state;
   }
 
   // Waits until the communicator has taken what it was last given.
-  void settle() const {
+  void settle() {
     const auto start = Clock::now();
-    while (state() == ncclInProgress) {
-      watch(std::chrono::duration<double>(Clock::now() - start).count());
+    while (watch(std::chrono::duration<double>(Clock::now() - start).count()) == ncclInProgress) {
       std::this_thread::yield();
     }
-  }
-
-  // Called while the host waits for the device too.
-  void watch(double seconds) const {
-    state();
-    if (seconds <= options_.deadline_seconds) return;
-    throw SystemError(
-        "{} rank {} of {}: no end of what the device was given after {:.0f} s; the axis's last collective is "
-        "{}. "
-        "A rank of it is late or gone, or a link is down (--collective-timeout)",
-        name(), rank(), size(), seconds, last_);
   }
 
   // The collective's stream goes on after what the compute stream was given so far.
   template <class Issue>
   void issue(const char* what, const Tensor& x, Issue&& collective) {
+    // Behind a collective that hangs the device's queue would fill up, and a launch then blocks where nobody
+    // watches.
+    CudaEvent& passed = passed_[static_cast<std::size_t>(collectives_) % passed_.size()];
+    device_.wait_for(passed.get());
     last_ = fmt::format("number {}, {} of {}", ++collectives_, what, x.describe());
     check_cuda(cudaEventRecord(issued_.get(), device_.stream()), "cudaEventRecord");
     check_cuda(cudaStreamWaitEvent(stream_.get(), issued_.get(), 0), "cudaStreamWaitEvent");
     require_health(collective());
     settle();
+    check_cuda(cudaEventRecord(passed.get(), stream_.get()), "cudaEventRecord");
   }
 
   void do_start_all_reduce(Tensor x, ReduceOp op) override {
@@ -169,9 +175,10 @@ class NcclCommunicator final : public Communicator {
 
   CudaDevice& device_;
   NcclOptions options_;
-  std::unique_ptr<std::remove_pointer_t<ncclComm_t>, ReleaseCommunicator> communicator_;
   CudaStream stream_;
   CudaEvent issued_, done_;
+  std::array<CudaEvent, 16> passed_;  // by the stream: the last collectives
+  std::unique_ptr<std::remove_pointer_t<ncclComm_t>, ReleaseCommunicator> communicator_;
   std::shared_ptr<const CudaDevice::WaitGuard> guard_;
   index_t collectives_ = 0;
   std::string last_ = "its start";

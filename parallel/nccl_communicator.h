@@ -10,8 +10,9 @@
 namespace regroup {
 
 struct NcclOptions {
-  // Ring and the simple protocol, no NVLink SHARP: the order of every sum is a function of the ranks alone.
-  // Otherwise NCCL chooses by size, which is as stable on one cluster, but not promised to be.
+  // Ring and the simple protocol: the order of every sum is a function of the ranks alone. Otherwise NCCL
+  // chooses by size and topology, the same on every run of one cluster. NVLink SHARP is off in either case,
+  // unless the environment says NCCL_NVLS_ENABLE=1: its sums differ from call to call.
   bool deterministic = false;
   // How long the host waits for the device before a collective counts as hung.
   double deadline_seconds = 600;

@@ -9,8 +9,9 @@
 run_and_requeue() {
   export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
   local command=()
-  if srun --mpi=list 2>&1 | grep -q pmix; then
-    command=(srun --mpi=pmix --cpu-bind=cores --cpus-per-task="$OMP_NUM_THREADS")
+  if [[ "$(srun --mpi=list 2>&1)" == *pmix* ]]; then
+    # --wait: a rank that is gone takes the others with it.
+    command=(srun --mpi=pmix --cpu-bind=cores --cpus-per-task="$OMP_NUM_THREADS" --wait=60)
   else
     # A rank's threads need cores of their own: mpirun's default would give all of them one.
     command=(mpirun --map-by "ppr:$SLURM_NTASKS_PER_NODE:node:PE=$OMP_NUM_THREADS" --bind-to core)

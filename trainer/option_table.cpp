@@ -93,7 +93,7 @@ std::vector<po::options_description> describe_options(Options& o) {
       "collectives", text(o.collectives),
       "how tensors of GPUs travel: auto, nccl, or host (through host memory: also where ranks share a GPU)")(
       "collective-timeout", bound(o.collective_timeout),
-      "seconds until a collective that does not end counts as hung and the job stops")(
+      "NCCL: seconds until a collective that does not end counts as hung and the job stops")(
       "deterministic", flag(o.deterministic),
       "cuda: fixed algorithms in place of measured ones, so that a second run from the start has the same "
       "bits "

@@ -141,7 +141,12 @@ void require_one_of(const char* option, const std::string& value, const std::vec
 void validate(const Options& o) {
   require_one_of("device", o.device, {"cpu", "cuda"});
   require_one_of("collectives", o.collectives, {"auto", "nccl", "host"});
-  require_finite("collective-timeout", o.collective_timeout);
+  if (!(o.collective_timeout > 0)) {
+    throw UserError("collective-timeout = {}; it is a number of seconds, more than 0", o.collective_timeout);
+  }
+  if (o.collectives == "nccl" && o.device == "cpu") {
+    throw UserError("collectives = nccl goes from GPU to GPU: give --device cuda too, or leave it out");
+  }
   require_one_of("precision", o.precision, {"bf16", "fp32"});
   require_one_of("optimizer", o.optimizer, {"adafactor", "adamw"});
   require_one_of("document", o.document, {"file", "line"});

@@ -172,6 +172,7 @@ bool AttentionChoice::agree(const AttentionShape& shape, const Trial& cudnn, con
 
 std::string AttentionChoice::chosen() const {
   nlohmann::json table = nlohmann::json::object();
+  for (const auto& [name, by_cudnn] : named_) table[name] = by_cudnn ? kCudnn : kFlash;
   for (const Entry& entry : entries_) table[name_of(entry.shape)] = entry.by_cudnn ? kCudnn : kFlash;
   return table.dump(2) + "\n";
 }
@@ -196,7 +197,8 @@ void AttentionChoice::choose(const std::string& table) {
 AttentionChoiceOptions attention_choice_options(CudaDevice& device, bool deterministic) {
   return {.deterministic = deterministic,
           .log = Log(),
-          .make_cudnn = [&device] { return make_cudnn_attention(device, false); },
+          // A resumed run has the same bits: cuDNN's faster backward adds to dq in any order.
+          .make_cudnn = [&device] { return make_cudnn_attention(device, /*deterministic=*/true); },
           .time =
               [&device](const std::function<void()>& work) {
                 return CudaStopwatch(device).quickest(kTimedRuns, work);

@@ -9,11 +9,12 @@
 namespace regroup {
 
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
-  const int devices = cuda_device_count();
-  if (devices == 0) {
+  int devices = 0;
+  const cudaError_t result = cudaGetDeviceCount(&devices);
+  if (result != cudaSuccess || devices == 0) {
     throw UserError(
-        "--device cuda needs a GPU and its driver, and this host shows none (nvidia-smi tells more); use "
-        "--device cpu");
+        "--device cuda needs a GPU and its driver: {} (nvidia-smi tells more); or use --device cpu",
+        result == cudaSuccess ? "this process sees none" : cudaGetErrorString(result));
   }
   return std::make_unique<CudaBackend>(options.local_rank % devices, options.deterministic);
 }

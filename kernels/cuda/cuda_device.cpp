@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <thread>
 #include <utility>
 
@@ -11,10 +12,16 @@
 namespace regroup {
 namespace {
 
-constexpr index_t kStagingBytes = index_t{8} << 20;
-constexpr std::size_t kStagings = 2;
-// Without asking for more, a block has this much dynamic shared memory.
-constexpr std::size_t kDefaultSharedBytes = 48 << 10;
+constexpr index_t kStagingBytes = index_t{2} << 20;
+constexpr std::size_t kStagings = 8;  // so many uploads the host may be ahead of the device
+// A block has 48 KB of shared memory, static and dynamic, without asking for more.
+constexpr std::size_t kUnaskedSharedBytes = 40 << 10;
+
+// Freeing waits for the whole device, and so for ever where the exception that unwinds the stack is that the
+// device hangs. What is left then goes with the process, which the exception ends.
+void free_unless_unwinding(cudaError_t (*free)(void*), void* address) {
+  if (std::uncaught_exceptions() == 0) free(address);
+}
 
 }  // namespace
 
@@ -64,9 +71,13 @@ Buffer CudaDevice::allocate(index_t bytes) {
   const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
   if (cudaMalloc(&memory, size) != cudaSuccess) {
     cudaGetLastError();  // or the next check would report it again
-    throw SystemError("{} bytes of GPU memory were asked for and are not there: {}", bytes, describe());
+    throw SystemError(
+        "{} bytes of GPU memory were asked for and are not there ({}): a smaller --micro-batch, --recompute "
+        "on or a "
+        "larger --tensor-parallel needs less",
+        bytes, describe());
   }
-  Buffer buffer(memory, bytes, [](void* address) { cudaFree(address); });
+  Buffer buffer(memory, bytes, [](void* address) { free_unless_unwinding(cudaFree, address); });
   ++counters_.allocations;
   check_cuda(cudaMemsetAsync(memory, 0, size, stream()), "cudaMemsetAsync");
   return buffer;
@@ -77,7 +88,7 @@ Buffer CudaDevice::allocate_pinned(index_t bytes) {
   const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
   check_cuda(cudaHostAlloc(&memory, size, cudaHostAllocDefault), "cudaHostAlloc");
   ++counters_.allocations;
-  return Buffer(memory, bytes, [](void* address) { cudaFreeHost(address); });
+  return Buffer(memory, bytes, [](void* address) { free_unless_unwinding(cudaFreeHost, address); });
 }
 
 std::byte* CudaDevice::workspace(index_t bytes) {
@@ -96,7 +107,7 @@ void CudaDevice::upload(const void* host, void* device, index_t bytes) {
     const auto part = static_cast<std::size_t>(std::min(bytes, kStagingBytes));
     Staging& staging = staging_[next_staging_];
     next_staging_ = (next_staging_ + 1) % staging_.size();
-    wait_until([&] { return cudaEventQuery(staging.read.get()); }, "cudaEventQuery");
+    wait_for(staging.read.get());
     std::memcpy(staging.memory.data(), from, part);
     check_cuda(cudaMemcpyAsync(to, staging.memory.data(), part, cudaMemcpyHostToDevice, stream()),
                "cudaMemcpyAsync to the device");
@@ -120,6 +131,12 @@ void CudaDevice::download(const void* device, void* host, index_t bytes) {
 void CudaDevice::synchronize() {
   ++counters_.waits;
   wait_until([this] { return cudaStreamQuery(stream()); }, "cudaStreamQuery");
+}
+
+void CudaDevice::wait_for(cudaEvent_t event) {
+  if (cudaEventQuery(event) == cudaSuccess) return;
+  ++counters_.waits;
+  wait_until([event] { return cudaEventQuery(event); }, "cudaEventQuery");
 }
 
 std::shared_ptr<const CudaDevice::WaitGuard> CudaDevice::guard_waits(WaitGuard guard) {
@@ -148,7 +165,7 @@ void CudaDevice::wait_until(const std::function<cudaError_t()>& query, const cha
 }
 
 void CudaDevice::launch(const void* kernel, const Grid& grid, void** arguments) {
-  if (grid.shared_bytes > kDefaultSharedBytes) {
+  if (grid.shared_bytes > kUnaskedSharedBytes) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     narrow<int>(grid.shared_bytes)),
                "cudaFuncSetAttribute");

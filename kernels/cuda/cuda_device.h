@@ -74,8 +74,9 @@ class CudaDevice {
   // data, without a wait: it goes through pinned memory. download() waits.
   void upload(const void* host, void* device, index_t bytes);
   void download(const void* device, void* host, index_t bytes);
-  // Waits for everything issued.
+  // Waits for everything issued, or for an event of any stream.
   void synchronize();
+  void wait_for(cudaEvent_t event);
 
   // Called every few milliseconds while the host waits for the device, with the seconds waited so far; throws
   // to end the wait. In force until the returned pointer is gone.
@@ -86,7 +87,7 @@ class CudaDevice {
   void launch(const void* kernel, const Grid& grid, void** arguments);
 
  private:
-  // Pinned memory in two halves: one is filled while the device reads the other.
+  // Pinned memory in parts: one is filled while the device reads others.
   struct Staging {
     Buffer memory;
     CudaEvent read;  // the device has read it

@@ -17,7 +17,6 @@ constexpr index_t kLargestHead = 128;
 // cuDNN's backward with a bias gradient keeps all scores' gradients at once; beyond this the memory is better
 // used.
 constexpr index_t kLargestWorkspace = index_t{1} << 30;
-constexpr index_t kShareOfFreeMemory = 4;
 
 index_t aligned(index_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -112,15 +111,9 @@ class Cudnn final : public CudnnAttention {
     }
     std::string problem;
     auto made = CudnnAttentionPlan::make(handle_, shape, problem);
-    if (made != nullptr && workspace_of(shape, *made).total() > largest_workspace()) made = nullptr;
+    if (made != nullptr && workspace_of(shape, *made).total() > kLargestWorkspace) made = nullptr;
     entries_.push_back({shape, std::move(made)});
     return entries_.back().plan.get();
-  }
-
-  static index_t largest_workspace() {
-    std::size_t free = 0, total = 0;
-    check_cuda(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-    return std::min(kLargestWorkspace, static_cast<index_t>(free) / kShareOfFreeMemory);
   }
 
   void run(const AttentionShape& shape, const AttentionCall& call, CudnnAttentionPointers pointers,

@@ -76,6 +76,7 @@ class QueryGradient {
                         x_.size);
     copy_rows<C, kRows>(shared_.dout, a_.dout.at(sample_, first_, head_), a_.dout.row_stride,
                         x_.queries - first_, x_.size);
+    ptx::cp_async_commit();  // also where no tile follows: a wait sees committed copies only
     Window<kWindow> window;
     if (tiles > 0) fetch(0, window);
     if (kBias && tiles > 0) window.store(shared_.bias[0]);
@@ -272,6 +273,7 @@ class KeyGradient {
                         x_.size);
     copy_rows<C, kRows>(shared_.values, x_.v.at(sample_, first_, group_), x_.v.row_stride, x_.keys - first_,
                         x_.size);
+    ptx::cp_async_commit();
     if (visits > 0) {
       fetch(0);
       store(0);

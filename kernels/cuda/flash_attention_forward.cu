@@ -38,6 +38,7 @@ class Forward {
     const int tiles = (end + kColumns - 1) / kColumns;
     copy_rows<C, kRows>(shared_.q, x_.q.at(sample_, first_, head_), x_.q.row_stride, x_.queries - first_,
                         x_.size);
+    ptx::cp_async_commit();  // also where no tile follows: a wait sees committed copies only
     Window<kWindow> window;
     if (tiles > 0) fetch(0, window);
     if (kBias && tiles > 0) window.store(shared_.bias[0]);

@@ -37,6 +37,7 @@ class WgmmaForward {
     if (x_.causal) end = min(end, first_ + kRows);
     const int tiles = (end + kColumns - 1) / kColumns;
     copy<kRows>(shared_.q, x_.q, first_, head_, x_.queries);
+    ptx::cp_async_commit();  // also where no tile follows: a wait sees committed copies only
     Window<kWindow, kBlockThreads> window;
     if (tiles > 0) fetch(0, window);
     if (kBias && tiles > 0) window.store(shared_.bias[0]);

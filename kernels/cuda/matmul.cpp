@@ -147,9 +147,12 @@ Owned<cublasLtMatmulPreference_t> preference_of(const MatmulShape& s, index_t wo
                  "cublasLtMatmulPreferenceSetAttribute");
   };
   set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(workspace_bytes));
+  // In place is in the output's type.
+  const bool rounds = s.c_type != stat_dtype(s.type);
   set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-      std::uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_INPLACE |
-                    CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
+      static_cast<std::uint32_t>(
+          CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE |
+          (rounds ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_INPLACE)));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(s.b_alignment));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(s.a_alignment));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(s.c_alignment));
@@ -267,7 +270,11 @@ cublasLtMatmulAlgo_t CublasLtMatmul::Plans::fastest(const MatmulShape& shape, co
                                                     std::span<const cublasLtMatmulAlgo_t> algorithms) {
   // Where c is added to it must not change before the product itself: the runs go beside it.
   Buffer beside;
-  if (shape.accumulate) beside = device_.allocate(shape.m * shape.c_stride * size_of(shape.c_type));
+  try {
+    if (shape.accumulate) beside = device_.allocate(shape.m * shape.c_stride * size_of(shape.c_type));
+  } catch (const SystemError&) {
+    return algorithms.front();  // no room to measure in
+  }
   void* const d = shape.accumulate ? beside.data() : operands.c;
   CudaStopwatch stopwatch(device_);
   float best = std::numeric_limits<float>::infinity();

@@ -195,6 +195,14 @@ TEST(Ptx, CopiesArriveWithTheirWait) {
       {.shared_bytes = 48});
   EXPECT_THAT(complaint([&] { ptx::cp_async_16(dynamic_shared(), global + 1, true); }, {.shared_bytes = 16}),
               testing::HasSubstr("not aligned"));
+  // A wait sees what was committed only.
+  EXPECT_THAT(complaint(
+                  [&] {
+                    ptx::cp_async_16(dynamic_shared(), global, true);
+                    ptx::cp_async_wait<0>();
+                  },
+                  {.shared_bytes = 16}),
+              testing::HasSubstr("committed and waited for"));
 }
 
 }  // namespace

@@ -133,6 +133,10 @@ void Machine::live(Thread& thread) {
   while (true) {
     try {
       (*kernel_)();
+      check(thread.open_copies.empty() && thread.copies.empty(),
+            "block {}: thread {} leaves the kernel before its copies in the background are committed and "
+            "waited for",
+            text(blockIdx), text(thread.index));
     } catch (const Fiber::Cancelled&) {
       throw;
     } catch (...) {

@@ -97,31 +97,15 @@ TEST_F(Nccl, ARankThatDoesNotComeIsAnErrorInTime) {
   const auto communicator = make_nccl_communicator("dp", world_, *backend_, {.deadline_seconds = 0.2});
   const Buffer memory = values<float>(10);
   if (world_.rank() != 0) {
-    const std::string message =
-        message_of([&] { communicator->all_reduce(memory.tensor(DType::kFloat32, {10})); });
+    const std::string message = message_of([&] {
+      communicator->all_reduce(memory.tensor(DType::kFloat32, {10}));
+      backend_->synchronize();
+    });
     EXPECT_NE(message.find("dp"), std::string::npos) << message;
     EXPECT_NE(message.find("all_reduce"), std::string::npos) << message;
     EXPECT_NE(message.find("late or gone"), std::string::npos) << message;
   }
   world_.barrier();
-}
-
-TEST_F(Nccl, ARankThatFailsIsAnErrorOnTheOthers) {
-  if (world_.size() == 1) GTEST_SKIP() << "there is nobody to fail";
-  auto communicator = make_nccl_communicator("tp", world_, *backend_);
-  const Buffer memory = values<float>(10);
-  if (world_.rank() == 0) {
-    try {  // what unwinds, aborts its communicator
-      const auto owned = std::move(communicator);
-      throw InternalError("this rank has failed");
-    } catch (const InternalError&) {
-    }
-    return;
-  }
-  const std::string message =
-      message_of([&] { communicator->all_reduce(memory.tensor(DType::kFloat32, {10})); });
-  EXPECT_NE(message.find("tp"), std::string::npos) << message;
-  EXPECT_NE(message.find("NCCL failed at"), std::string::npos) << message;
 }
 
 }  // namespace

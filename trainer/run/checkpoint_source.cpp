@@ -46,12 +46,12 @@ void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source
 void load_weights(const ProcessGroup& world, const CheckpointSource& source, ModelRunner& runner,
                   const ConversionOptions& options) {
   ParameterStore& store = runner.parameters();
-  HostTensors masters(runner.backend(), sharded_parameters(store));
   world.run_together([&] {
-    load_converted(CheckpointReader(source.directory), source.config, store.config(), masters.tensors(),
-                   options);
+    const CheckpointReader reader(source.directory);
+    fill_from_host(runner.backend(), sharded_parameters(store), [&](const ShardedTensor& tensor) {
+      load_converted(reader, source.config, store.config(), std::span(&tensor, 1), options);
+    });
   });
-  masters.to_device();
   store.refresh_weights();
 }
 

@@ -4,28 +4,29 @@
 
 namespace regroup {
 
-HostTensors::HostTensors(Backend& backend, std::vector<ShardedTensor> device)
-    : backend_(backend), device_(std::move(device)), host_(device_) {
+void fill_from_host(Backend& backend, std::span<const ShardedTensor> tensors,
+                    const std::function<void(const ShardedTensor&)>& read) {
+  std::vector<std::byte> memory;
+  for (const ShardedTensor& tensor : tensors) {
+    if (backend.host_accessible()) {
+      read(tensor);
+      continue;
+    }
+    memory.resize(static_cast<std::size_t>(tensor.local.bytes()));
+    ShardedTensor host = tensor;
+    host.local.data = memory.data();
+    read(host);
+    backend.copy_from_host(memory.data(), tensor.local);
+  }
+}
+
+HostCopies::HostCopies(Backend& backend, std::vector<ShardedTensor> tensors) : tensors_(std::move(tensors)) {
   if (backend.host_accessible()) return;
-  copies_.reserve(host_.size());
-  for (ShardedTensor& tensor : host_) {
-    if (!tensor.local) continue;
+  for (ShardedTensor& tensor : tensors_) {
+    if (!tensor.local || tensor.slice.replica > 0) continue;
     copies_.emplace_back(static_cast<std::size_t>(tensor.local.bytes()));
+    backend.copy_to_host(tensor.local, copies_.back().data());
     tensor.local.data = copies_.back().data();
-  }
-}
-
-void HostTensors::from_device() {
-  for (std::size_t i = 0; i < host_.size(); ++i) {
-    if (host_[i].local.data == device_[i].local.data) continue;
-    backend_.copy_to_host(device_[i].local, host_[i].local.data);
-  }
-}
-
-void HostTensors::to_device() {
-  for (std::size_t i = 0; i < host_.size(); ++i) {
-    if (host_[i].local.data == device_[i].local.data) continue;
-    backend_.copy_from_host(host_[i].local.data, device_[i].local);
   }
 }
 

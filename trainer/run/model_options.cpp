@@ -108,9 +108,13 @@ index_t evaluation_micro_batch(const Options& options) {
                                  : std::max<index_t>(1, suitable_inputs(options) / options.inputs_length);
 }
 
+DType compute_dtype(const Options& options) {
+  return options.precision == "fp32" ? DType::kFloat32 : DType::kBFloat16;
+}
+
 ModelRunner::Options runner_options(const Options& options, const Samples& samples, index_t micro_batch,
                                     bool train) {
-  return {.compute = options.precision == "fp32" ? DType::kFloat32 : DType::kBFloat16,
+  return {.compute = compute_dtype(options),
           .micro_batch = micro_batch,
           .inputs_length = options.inputs_length,
           .targets_length = samples.lengths().targets,

@@ -32,6 +32,9 @@ index_t micro_batch_of(const Options& options, int data_parallel);
 // The same for evaluation, where nothing needs to divide.
 index_t evaluation_micro_batch(const Options& options);
 
+// Of weights and activations: --precision.
+DType compute_dtype(const Options& options);
+
 ModelRunner::Options runner_options(const Options& options, const Samples& samples, index_t micro_batch,
                                     bool train);
 

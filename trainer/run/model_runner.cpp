@@ -106,16 +106,16 @@ T5::Input ModelRunner::load(const Batch& batch) {
         "a batch of {} x ({}, {}) does not fit the plan of {} x ({}, {})", batch.size, batch.inputs_length,
         batch.targets_length, options_.micro_batch, options_.inputs_length, options_.targets_length);
   const T5::Input input = input_of(tokens_, batch.size, options_);
+  host_tokens_ = batch.input_ids;
   // The decoder reads the targets shifted right; its first input is the padding id.
-  decoder_ids_.assign(batch.targets.size(), 0);
   const auto length = static_cast<std::size_t>(batch.targets_length);
   for (std::size_t i = 0; i < batch.targets.size(); ++i) {
-    if (i % length != 0) decoder_ids_[i] = batch.targets[i - 1];
+    host_tokens_.push_back(i % length != 0 ? batch.targets[i - 1] : 0);
     if (batch.targets[i] != 0) targets_ += 1;
   }
-  backend_.copy_from_host(batch.input_ids.data(), input.input_ids);
-  backend_.copy_from_host(decoder_ids_.data(), input.decoder_ids);
-  backend_.copy_from_host(batch.targets.data(), input.targets);
+  host_tokens_.insert(host_tokens_.end(), batch.targets.begin(), batch.targets.end());
+  backend_.copy_from_host(host_tokens_.data(),
+                          tokens_.tensor(DType::kInt32, {static_cast<index_t>(host_tokens_.size())}));
   return input;
 }
 

@@ -82,9 +82,9 @@ class ModelRunner {
   ParameterStore store_;
   T5 model_;
   Arena saved_, scratch_;
-  Buffer tokens_;  // int32: inputs, decoder inputs, targets
-  Buffer losses_;  // float64 [3]
-  std::vector<std::int32_t> decoder_ids_;
+  Buffer tokens_;                                // int32: inputs, decoder inputs, targets
+  Buffer losses_;                                // float64 [3]
+  std::vector<std::int32_t> host_tokens_;        // as they lie in tokens_
   std::unique_ptr<GradientSync> gradient_sync_;  // in training
   bool decoder_started_ = false;                 // the decoder's sums are on their way
   double targets_ = 0;

@@ -18,13 +18,11 @@ std::string host_name() {
   return name.data();
 }
 
-// Whether two ranks of any host have the same GPU. Collective.
-bool ranks_share_a_device(const ProcessGroup& world, const ProcessGroup& host, const Backend& backend) {
-  std::vector<std::string> ids = host.all_gather(backend.device_id());
+// Whether two ranks have the same GPU. Collective.
+bool ranks_share_a_device(const ProcessGroup& world, const Backend& backend) {
+  std::vector<std::string> ids = world.all_gather(backend.device_id());
   std::sort(ids.begin(), ids.end());
-  std::array<double, 1> shared = {std::adjacent_find(ids.begin(), ids.end()) == ids.end() ? 0.0 : 1.0};
-  world.all_reduce(shared, ReduceOp::kMax);
-  return shared[0] > 0;
+  return std::adjacent_find(ids.begin(), ids.end()) != ids.end();
 }
 
 void log_devices(const ProcessGroup& world, const Backend& backend, const Log& log) {
@@ -69,7 +67,7 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
   }
   Backend& backend = *result.backend;
   log_devices(world, backend, log);
-  const bool shared = ranks_share_a_device(world, host, backend);
+  const bool shared = ranks_share_a_device(world, backend);
   if (options.collectives == "nccl" && (shared || !has_nccl())) {
     UserError error("collectives = nccl is impossible: {}; or use --collectives host",
                     has_nccl() ? "ranks of one host share a GPU, which NCCL refuses: start one rank a GPU"

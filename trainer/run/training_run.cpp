@@ -144,12 +144,10 @@ void TrainingRun::build() {
 
 void TrainingRun::load() {
   world_.run_together([&] {
-    const auto read_all = [this](const std::string& stem, std::vector<ShardedTensor> device) {
-      HostTensors host(*backend_, std::move(device));
+    const auto read_all = [this](const std::string& stem, const std::vector<ShardedTensor>& tensors) {
       const CheckpointReader reader(source_->directory, stem);
-      reader.require(host.tensors());
-      for (const ShardedTensor& tensor : host.tensors()) reader.read(tensor);
-      host.to_device();
+      reader.require(tensors);
+      fill_from_host(*backend_, tensors, [&](const ShardedTensor& tensor) { reader.read(tensor); });
     };
     read_all("model", sharded_parameters(runner_->parameters()));
     read_all("optimizer", optimizer_->state());
@@ -211,14 +209,13 @@ void TrainingRun::save() {
   pending.write_text("config.json", to_json(config_));
   pending.copy_file("tokenizer.model", corpus_->tokenizer_file());
   const bool writes = mesh_->dp_rank() == 0;
-  const auto write_all = [&](const std::string& stem, std::vector<ShardedTensor> device) {
+  const auto write_all = [&](const std::string& stem, std::vector<ShardedTensor> tensors) {
     if (!writes) {
-      write_tensors(world_, pending.path(), stem, device, writes);
+      write_tensors(world_, pending.path(), stem, tensors, writes);
       return;
     }
-    HostTensors host(*backend_, std::move(device));
-    host.from_device();
-    write_tensors(world_, pending.path(), stem, host.tensors(), writes);
+    const HostCopies copies(*backend_, std::move(tensors));
+    write_tensors(world_, pending.path(), stem, copies.tensors(), writes);
   };
   write_all("model", sharded_parameters(runner_->parameters()));
   write_all("optimizer", optimizer_->state());
@@ -305,6 +302,13 @@ void TrainingRun::start() {
   std::vector<index_t> groups = {config_.kv_groups, config_.encoder_kv_groups};
   if (source_) groups.insert(groups.end(), {source_->config.kv_groups, source_->config.encoder_kv_groups});
   mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
+  if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
+  // Before the model takes its memory.
+  std::array<double, 1> peak = {measure_matmul_peak(*backend_, compute_dtype(options_))};
+  world_.all_reduce(peak, ReduceOp::kSum);
+  peak_flops_ = peak[0];
+  log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
+            options_.precision, peak_flops_ * 1e-9);
   const bool converts = uptraining() && !resuming();
   if (converts) evaluate_parent();
   build();
@@ -326,12 +330,6 @@ void TrainingRun::start() {
     if (reporter_) reporter_->evaluation({.step = 0, .name = "unigram", .loss = unigram});
     log_.info("held-out loss of token frequencies alone: {:.4f}", unigram);
   }
-  if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
-  std::array<double, 1> peak = {measure_matmul_peak(*backend_, runner_->parameters().compute_dtype())};
-  world_.all_reduce(peak, ReduceOp::kSum);
-  peak_flops_ = peak[0];
-  log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
-            options_.precision, peak_flops_ * 1e-9);
   const index_t share = options_.batch_size / layout_.data_parallel;
   const index_t micros = share / micro_batch_;
   micro_batches_.resize(static_cast<std::size_t>(micros));
