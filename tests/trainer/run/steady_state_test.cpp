@@ -50,7 +50,10 @@ TEST(SteadyState, AStepAllocatesNothingAndWaitsForItsSumsOnly) {
   for (index_t step = 0; step < 4; ++step) {
     if (step > 0) before = backend.device().counters();
     runner.clear_gradients();
-    runner.train(batch, {.step = step}, 0.1, /*last=*/true);
+    for (const index_t micro_batch : {0, 1, 2}) {
+      runner.train(batch, {.step = step, .first_sample = micro_batch * kBatch}, 0.1,
+                   /*last=*/micro_batch == 2);
+    }
     runner.synchronise_gradients();
     const CudaCounters middle = backend.device().counters();
     EXPECT_TRUE(std::isfinite(runner.take_losses().mean()));
