@@ -134,14 +134,12 @@ class Backend {
   void scale(Tensor x, double factor);     // x *= factor
 
   // ---- matrix product
-  // c = op(a) op(b)
-  // (+ c): op(a) [M, K], op(b) [K, N], c [M, N]; rows may be strided. a and b of one type T; c of type T or
-  // S(T). Accumulates in S.
+  // c = op(a) op(b) (+ c): op(a) [M, K], op(b) [K, N], c [M, N]; rows may be strided. a and b of one type T,
+  // c of type T or S(T). Accumulates in S.
   void matmul(Tensor a, Tensor b, Tensor c, MatmulOptions options = {});
 
   // ---- RMSNorm (Zhang and Sennrich 2019; T5 layer_norm: no mean, no bias)
-  // r = (mean_d(x^2) + epsilon)^-1/2; y = w x r.  x, y T [N, D]; w T
-  // [D]; inverse_rms S [N] is for backward.
+  // r = (mean_d(x^2) + epsilon)^-1/2; y = w x r.  x, y T [N, D]; w T [D]; inverse_rms S [N] is for backward.
   void rms_norm(Tensor x, Tensor weight, Tensor y, Tensor inverse_rms, double epsilon);
   // dx = residual_gradient + r (w dy - x r^2 mean_d(w dy x));  dw += sum_n dy x r.
   // residual_gradient T [N, D] may be empty (0) and may be dx itself; dw S [D].
@@ -149,55 +147,52 @@ class Backend {
                          Tensor dx, Tensor dw /* += */);
 
   // ---- gated GELU (Shazeer 2020, T5 1.1)
-  // y = dropout(gelu(x[:, :F]) *
-  // x[:, F:]), gelu the tanh form. x T [N, 2F], y T [N, F].
+  // y = dropout(gelu(x[:, :F]) * x[:, F:]), gelu the tanh form. x T [N, 2F], y T [N, F].
   void gated_gelu(Tensor x, Tensor y, const Dropout& dropout);
   // dx T [N, 2F] from dy T [N, F] and the x of forward.
   void gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout);
 
   // ---- residual and dropout
-  // y = residual +
-  // dropout(x); residual may be empty (0). All T [N, D]; y may be residual or x.
+  // y = residual + dropout(x); residual may be empty (0). All T [N, D]; y may be residual or x.
   void dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout);
   // dx = dropout mask * dy / (1 - rate); dx may be dy.
   void dropout_backward(Tensor dy, Tensor dx, const Dropout& dropout);
 
   // ---- embedding
-  // y[n] =
-  // table[ids[n] - first_id] where that row is in this rank's table, else 0. ids int32 [N]; table T [V, D].
+  // y[n] = table[ids[n] - first_id] where that row is in this rank's table, else 0. ids int32 [N]; table T
+  // [V, D].
   void embedding(Tensor ids, Tensor table, index_t first_id, Tensor y);
   // dtable[ids[n] - first_id] += dy[n], in an order that is a function of the ids alone. dtable S [V, D].
   void embedding_backward(Tensor ids, Tensor dy, index_t first_id, Tensor dtable /* += */);
 
   // ---- relative position bias (T5)
-  // bias[h, k - q + Q - 1] =
-  // table[bucket(k - q), h]. table T [buckets, H]; bias S [H, Q + K - 1]. bucket(): references T5
-  // _relative_position_bucket.
+  // bias[h, k - q + Q - 1] = table[bucket(k - q), h]. table T [buckets, H]; bias S [H, Q + K - 1]. bucket():
+  // relative_position_bucket(), below.
   void relative_bias(Tensor table, index_t queries, Tensor bias, const RelativeBiasOptions& options);
   // dtable[bucket(d), h] += dbias[h, d + Q - 1]. dtable S [buckets, H].
   void relative_bias_backward(Tensor dbias, index_t queries, Tensor dtable /* += */,
                               const RelativeBiasOptions& options);
 
   // ---- grouped-query attention (Ainslie et al. 2023)
-  // For query head h and its group g = h /
-  // (H / G):  s_ij = q_i . k_j + bias[h, j - i + Q - 1], no 1/sqrt(C); s_ij = -inf where key_mask[b, j] == 0
-  // or (causal and j > i);  p = softmax_j(s);  out_i = sum_j dropout(p)_ij v_j. A query that sees no key
-  // gives 0. q, out T [B, Q, H, C]; k, v T [B, K, G, C] (each [.., heads, C] row may be a part of a wider
-  // row: strides of dims 0 and 1 are free, heads and C dense); bias S [H, Q + K - 1] or empty; key_mask int32
-  // [B, K] or empty; log_sum_exp S [B, H, Q] is for backward (of a query without keys: +inf). Never
-  // materialises more than a tile or one head's scores.
+  // For query head h and its group g = h / (H / G):
+  //   s_ij = q_i . k_j + bias[h, j - i + Q - 1], no 1/sqrt(C);
+  //   s_ij = -inf where key_mask[b, j] == 0 or (causal and j > i);
+  //   p = softmax_j(s);  out_i = sum_j dropout(p)_ij v_j.
+  // A query that sees no key gives 0. q, out T [B, Q, H, C]; k, v T [B, K, G, C] (each [.., heads, C] row may
+  // be a part of a wider row: strides of dims 0 and 1 are free, heads and C dense); bias S [H, Q + K - 1] or
+  // empty; key_mask int32 [B, K] or empty; log_sum_exp S [B, H, Q] is for backward (of a query without keys:
+  // +inf). Never materialises more than a tile or one head's scores (cuDNN's backward keeps all heads').
   void attention(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor key_mask, Tensor out, Tensor log_sum_exp,
                  const AttentionOptions& options);
   // dq, dk, dv as q, k, v (strided alike); dbias S [H, Q + K - 1] or empty. Probabilities are recomputed from
-  // log_sum_exp. Deterministic: the order of every sum is fixed by shapes alone.
+  // log_sum_exp. No gradient may lie in an input. The order of every sum is fixed by shapes alone.
   void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor key_mask, Tensor out,
                           Tensor log_sum_exp, Tensor dq, Tensor dk, Tensor dv, Tensor dbias /* += */,
                           const AttentionOptions& options);
 
   // ---- cross-entropy over a vocabulary split by columns
-  // Three local pieces; between them the caller
-  // reduces over the ranks that share the vocabulary. row_max[n] = max_v logits[n, v]. logits S [N, V];
-  // row_max S [N].
+  // Three local pieces; between them the caller reduces over the ranks that share the vocabulary.
+  // row_max[n] = max_v logits[n, v]. logits S [N, V]; row_max S [N].
   void cross_entropy_max(Tensor logits, Tensor row_max);
   // sums[0, n] = sum_v exp(logits[n, v] - row_max[n]); sums[1, n] = logits[n, target] - row_max[n] where the
   // target is one of this rank's columns, else 0. targets int32 [N] (0 = padding: no loss); sums S [2, N].
