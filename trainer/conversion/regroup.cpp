@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
 #include <string_view>
 #include <utility>
 
@@ -35,13 +34,6 @@ void check_groups(std::string_view field, index_t parent, index_t target) {
   throw UserError("{} = {} is impossible from a checkpoint that has {} key/value groups; use one of {}",
                   field, target, parent, fmt::join(legal, ", "));
 }
-
-// Where one key or value projection goes from `source_rows` to fewer rows.
-struct Regrouping {
-  index_t source_rows = 0;
-  index_t heads_per_group = 0;
-  double scale = 0;  // of fresh heads
-};
 
 // The parameters whose number of heads differs between the two models, by name.
 std::map<std::string, Regrouping> regroupings(const ModelConfig& parent, const ModelConfig& target) {
@@ -136,35 +128,36 @@ void validate_conversion(const ModelConfig& parent, const ModelConfig& target) {
   check_groups("encoder_kv_groups", parent.encoder_kv_groups, target.encoder_kv_groups);
 }
 
-void load_converted(const CheckpointReader& reader, const ModelConfig& parent, const ModelConfig& target,
-                    std::span<const ShardedTensor> destination, const ConversionOptions& options) {
+ConvertingReader::ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent,
+                                   const ModelConfig& target, const ConversionOptions& options)
+    : reader_(reader), d_kv_(target.d_kv), d_model_(target.d_model), options_(options) {
   validate_conversion(parent, target);
   reader.require(parameter_table(parent));
-  const auto regrouped = regroupings(parent, target);
-  std::vector<float> heads;
-  for (const ShardedTensor& to : destination) {
-    const auto at = regrouped.find(to.name);
-    if (at == regrouped.end()) {
-      reader.read(to);
-      continue;
-    }
-    const auto& [source_rows, heads_per_group, scale] = at->second;
-    const Slice& slice = to.slice;
-    check(slice.dim == 0 && to.shape[0] * heads_per_group == source_rows && slice.begin % target.d_kv == 0 &&
-              slice.end % target.d_kv == 0 && to.local.has_shape({slice.end - slice.begin, target.d_model}),
-          "the slice of '{}' that is to be filled is not of whole groups", to.name);
-    if (options.pooling == Pooling::kRandom) {
-      draw_heads(to.local, to.name, slice.begin, scale, options.seed);
-      continue;
-    }
-    // One group at a time: the heads of a group are all that is ever held beside the result.
-    heads.resize(static_cast<std::size_t>(heads_per_group * target.d_kv * target.d_model));
-    const Tensor source(heads.data(), DType::kFloat32, {heads_per_group * target.d_kv, target.d_model});
-    for (index_t row = slice.begin; row < slice.end; row += target.d_kv) {
-      reader.read(to.name, 0, row * heads_per_group, (row + target.d_kv) * heads_per_group, source);
-      pool_heads(source, to.local.slice(0, row - slice.begin, row - slice.begin + target.d_kv),
-                 heads_per_group, target.d_kv, options.pooling);
-    }
+  regroupings_ = regroupings(parent, target);
+}
+
+void ConvertingReader::read(const ShardedTensor& to) const {
+  const auto at = regroupings_.find(to.name);
+  if (at == regroupings_.end()) {
+    reader_.read(to);
+    return;
+  }
+  const auto& [source_rows, heads_per_group, scale] = at->second;
+  const Slice& slice = to.slice;
+  check(slice.dim == 0 && to.shape[0] * heads_per_group == source_rows && slice.begin % d_kv_ == 0 &&
+            slice.end % d_kv_ == 0 && to.local.has_shape({slice.end - slice.begin, d_model_}),
+        "the slice of '{}' that is to be filled is not of whole groups", to.name);
+  if (options_.pooling == Pooling::kRandom) {
+    draw_heads(to.local, to.name, slice.begin, scale, options_.seed);
+    return;
+  }
+  // One group at a time: the heads of a group are all that is ever held beside the result.
+  std::vector<float> heads(static_cast<std::size_t>(heads_per_group * d_kv_ * d_model_));
+  const Tensor source(heads.data(), DType::kFloat32, {heads_per_group * d_kv_, d_model_});
+  for (index_t row = slice.begin; row < slice.end; row += d_kv_) {
+    reader_.read(to.name, 0, row * heads_per_group, (row + d_kv_) * heads_per_group, source);
+    pool_heads(source, to.local.slice(0, row - slice.begin, row - slice.begin + d_kv_), heads_per_group,
+               d_kv_, options_.pooling);
   }
 }
 

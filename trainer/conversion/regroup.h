@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -40,12 +40,31 @@ void draw_heads(const Tensor& out, const std::string& name, index_t row_begin, d
 // dropout_rate.
 void validate_conversion(const ModelConfig& parent, const ModelConfig& target);
 
-// Fills `destination` (dense float32 host slices of parameters of `target`, by any partition of whole groups)
-// from a checkpoint of `parent`. Where a key or value projection has fewer groups in the target, the heads of
-// the groups this rank holds, and no others, are read and pooled; everything else is read as it is, so with
-// equal numbers of groups this is plain loading whatever the options. Not collective. UserError as
-// validate_conversion() and CheckpointReader::require().
-void load_converted(const CheckpointReader& reader, const ModelConfig& parent, const ModelConfig& target,
-                    std::span<const ShardedTensor> destination, const ConversionOptions& options = {});
+// A key or value projection with fewer groups in the target than in the parent.
+struct Regrouping {
+  index_t source_rows = 0;
+  index_t heads_per_group = 0;
+  double scale = 0;  // standard deviation of fresh heads
+};
+
+// Reads a checkpoint of a `parent` as one of a `target`, tensor by tensor. Where a key or value projection
+// has fewer groups in the target, its heads are pooled; everything else is read as it is, so with equal
+// numbers of groups this is plain reading whatever the options. Not collective.
+class ConvertingReader {
+ public:
+  // UserError as validate_conversion() and CheckpointReader::require(). `reader` outlives it.
+  ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent, const ModelConfig& target,
+                   const ConversionOptions& options = {});
+
+  // Fills `to`, a dense float32 host slice of a parameter of the target, by any partition of whole groups; of
+  // the parent's heads it reads those of the slice's groups and no others.
+  void read(const ShardedTensor& to) const;
+
+ private:
+  const CheckpointReader& reader_;
+  index_t d_kv_, d_model_;
+  ConversionOptions options_;
+  std::map<std::string, Regrouping> regroupings_;  // by parameter
+};
 
 }  // namespace regroup

@@ -48,9 +48,9 @@ void load_weights(const ProcessGroup& world, const CheckpointSource& source, Mod
   ParameterStore& store = runner.parameters();
   world.run_together([&] {
     const CheckpointReader reader(source.directory);
-    fill_from_host(runner.backend(), sharded_parameters(store), [&](const ShardedTensor& tensor) {
-      load_converted(reader, source.config, store.config(), std::span(&tensor, 1), options);
-    });
+    const ConvertingReader converting(reader, source.config, store.config(), options);
+    fill_from_host(runner.backend(), sharded_parameters(store),
+                   [&](const ShardedTensor& tensor) { converting.read(tensor); });
   });
   store.refresh_weights();
 }

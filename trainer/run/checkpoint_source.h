@@ -29,7 +29,7 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);
 
 // Fills the runner's masters and weights from the checkpoint: this rank's slices, converted where the
-// runner's model has fewer key/value groups. Collective; UserErrors as load_converted().
+// runner's model has fewer key/value groups. Collective; UserErrors as ConvertingReader.
 void load_weights(const ProcessGroup& world, const CheckpointSource& source, ModelRunner& runner,
                   const ConversionOptions& options = {});
 

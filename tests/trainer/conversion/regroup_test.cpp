@@ -93,7 +93,8 @@ Model load(const std::filesystem::path& path, const ModelConfig& parent, const M
                              .slice = slice,
                              .local = Tensor(values.data(), DType::kFloat32, shape)});
     }
-    load_converted(reader, parent, target, destination, options);
+    const ConvertingReader converting(reader, parent, target, options);
+    for (const ShardedTensor& tensor : destination) converting.read(tensor);
     for (const ShardedTensor& t : destination) {
       auto& values = whole[t.name];
       auto& filled = seen[t.name];
@@ -142,7 +143,7 @@ std::vector<float> pooled(const std::vector<float>& source, index_t heads_per_gr
   return result;
 }
 
-TEST(LoadConverted, PoolsTheHeadsOfEachGroupInEveryLayout) {
+TEST(ConvertingReaderTest, PoolsTheHeadsOfEachGroupInEveryLayout) {
   const TemporaryDirectory directory;
   for (const index_t from : {8, 4}) {
     const ModelConfig parent = model(from, 8);
@@ -168,7 +169,7 @@ TEST(LoadConverted, PoolsTheHeadsOfEachGroupInEveryLayout) {
   }
 }
 
-TEST(LoadConverted, PoolsHalfPrecisionSources) {
+TEST(ConvertingReaderTest, PoolsHalfPrecisionSources) {
   const TemporaryDirectory directory;
   const ModelConfig parent = model(8, 8);
   const ModelConfig target = model(2, 8);
@@ -181,7 +182,7 @@ TEST(LoadConverted, PoolsHalfPrecisionSources) {
   EXPECT_EQ(load(directory / "m.safetensors", parent, target, 2), source);
 }
 
-TEST(LoadConverted, EqualGroupsAreLoadedAsTheyAreWhateverThePooling) {
+TEST(ConvertingReaderTest, EqualGroupsAreLoadedAsTheyAreWhateverThePooling) {
   const TemporaryDirectory directory;
   for (const index_t groups : {1, 4, 8}) {
     ModelConfig config = model(groups, 8);
@@ -196,7 +197,7 @@ TEST(LoadConverted, EqualGroupsAreLoadedAsTheyAreWhateverThePooling) {
   }
 }
 
-TEST(LoadConverted, FreshHeadsDependOnSeedAndNameOnly) {
+TEST(ConvertingReaderTest, FreshHeadsDependOnSeedAndNameOnly) {
   const TemporaryDirectory directory;
   const ModelConfig parent = model(8, 8);
   const ModelConfig target = model(4, 8);
@@ -274,13 +275,13 @@ TEST(ValidateConversion, NamesFieldAndBothValues) {
   EXPECT_EQ(with(&ModelConfig::dropout_rate, 0.1), "accepted");
 }
 
-TEST(LoadConverted, RefusesAnotherModelsCheckpoint) {
+TEST(ConvertingReaderTest, RefusesAnotherModelsCheckpoint) {
   const TemporaryDirectory directory;
   const ModelConfig parent = model(4, 8);
   write_model(directory / "m.safetensors", parent, random_model(parent));
   const CheckpointReader reader(directory / "m.safetensors");
   EXPECT_THAT(
-      refusal([&] { load_converted(reader, model(8, 8), model(1, 8), {}); }),
+      refusal([&] { ConvertingReader(reader, model(8, 8), model(1, 8)); }),
       AllOf(HasSubstr("8 of another shape"), HasSubstr("decoder.block.1.layer.1.EncDecAttention.v.weight")));
 }
 
