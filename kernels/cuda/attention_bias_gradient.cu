@@ -35,7 +35,7 @@ template <class S>
 void add(CudaDevice& device, const BiasPartials<S>& partials, index_t samples, const Tensor& dbias,
          index_t queries) {
   const auto heads = static_cast<unsigned>(dbias[0]);
-  const Grid grid{.blocks = {static_cast<unsigned>((dbias[1] + 31) / 32), heads}, .threads = 32 * kWarps};
+  const Grid grid{.blocks = {block_count(dbias[1], 32), heads}, .threads = 32 * kWarps};
   launch(device, grid, add_partials_kernel<S>, partials, samples, heads, queries, dbias[1], dbias.as<S>());
 }
 

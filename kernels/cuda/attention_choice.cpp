@@ -197,8 +197,7 @@ void AttentionChoice::choose(const std::string& table) {
 AttentionChoiceOptions attention_choice_options(CudaDevice& device, bool deterministic) {
   return {.deterministic = deterministic,
           .log = Log(),
-          // A resumed run has the same bits: cuDNN's faster backward adds to dq in any order.
-          .make_cudnn = [&device] { return make_cudnn_attention(device, /*deterministic=*/true); },
+          .make_cudnn = [&device] { return make_cudnn_attention(device); },
           .time =
               [&device](const std::function<void()>& work) {
                 return CudaStopwatch(device).quickest(kTimedRuns, work);

@@ -39,11 +39,10 @@ AttentionShape shape_of(const AttentionCall& call, const AttentionGradients& gra
 }
 
 std::string name_of(const AttentionShape& s) {
-  std::string name =
-      fmt::format("{} of {} x {} queries, {} keys, {} heads, {} groups, {} channels{}{}{}{}{}",
-                  s.backward ? "backward" : "forward", s.batch, s.queries, s.keys, s.heads, s.groups,
-                  s.channels, s.bias ? ", bias" : "", s.causal ? ", causal" : "", s.padded ? ", padded" : "",
-                  s.dbias ? ", dbias" : "", s.deterministic ? ", deterministic" : "");
+  std::string name = fmt::format("{} of {} x {} queries, {} keys, {} heads, {} groups, {} channels{}{}{}{}",
+                                 s.backward ? "backward" : "forward", s.batch, s.queries, s.keys, s.heads,
+                                 s.groups, s.channels, s.bias ? ", bias" : "", s.causal ? ", causal" : "",
+                                 s.padded ? ", padded" : "", s.dbias ? ", dbias" : "");
   name += name_of("q", s.q) + name_of("k", s.k) + name_of("v", s.v) + name_of("out", s.out);
   if (s.backward) {
     name += name_of("dout", s.dout) + name_of("dq", s.dq) + name_of("dk", s.dk) + name_of("dv", s.dv);

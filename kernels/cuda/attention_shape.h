@@ -20,7 +20,7 @@ struct AttentionShape {
   bool backward = false;
   // Backward only.
   Rows dout, dq, dk, dv;
-  bool dbias = false, deterministic = false;
+  bool dbias = false;
 
   bool operator==(const AttentionShape&) const = default;
 };

@@ -165,10 +165,11 @@ void CudaDevice::wait_until(const std::function<cudaError_t()>& query, const cha
 }
 
 void CudaDevice::launch(const void* kernel, const Grid& grid, void** arguments) {
-  if (grid.shared_bytes > kUnaskedSharedBytes) {
+  if (grid.shared_bytes > kUnaskedSharedBytes && allowed_shared_[kernel] < grid.shared_bytes) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     narrow<int>(grid.shared_bytes)),
                "cudaFuncSetAttribute");
+    allowed_shared_[kernel] = grid.shared_bytes;
   }
   ++counters_.launches;
   check_cuda(cudaLaunchKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream()),

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cuda_runtime_api.h>
+#include <functional>
+#include <map>
 #include <memory>
 #include <source_location>
 #include <string>
@@ -43,6 +45,11 @@ struct Grid {
   dim3 threads = 1;
   std::size_t shared_bytes = 0;  // dynamic shared memory of a block
 };
+
+// Blocks of `per_block` that hold `size`: an extent of a grid, below 2^31.
+inline unsigned block_count(index_t size, index_t per_block) {
+  return static_cast<unsigned>(narrow<int>((size + per_block - 1) / per_block));
+}
 
 class CudaDevice {
  public:
@@ -104,6 +111,8 @@ class CudaDevice {
   std::vector<Staging> staging_;
   std::size_t next_staging_ = 0;
   std::vector<std::weak_ptr<const WaitGuard>> guards_;
+  std::map<const void*, std::size_t>
+      allowed_shared_;  // dynamic shared memory, of kernels that have asked for more
 };
 
 }  // namespace regroup

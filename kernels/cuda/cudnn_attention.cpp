@@ -65,14 +65,13 @@ Workspace workspace_of(const AttentionShape& s, const CudnnAttentionPlan& plan) 
 
 class Cudnn final : public CudnnAttention {
  public:
-  Cudnn(CudaDevice& device, bool deterministic)
-      : device_(device), deterministic_(deterministic), handle_(device.stream()) {}
+  explicit Cudnn(CudaDevice& device) : device_(device), handle_(device.stream()) {}
 
   bool supports(const AttentionCall& call) override {
     return may_support(call) && plan(shape_of(call)) != nullptr;
   }
   bool supports(const AttentionCall& call, const AttentionGradients& gradients) override {
-    return may_support(call, gradients) && plan(backward_shape_of(call, gradients)) != nullptr;
+    return may_support(call, gradients) && plan(shape_of(call, gradients)) != nullptr;
   }
   void forward(const AttentionCall& call) override { run(shape_of(call), call, pointers_of(call), Tensor()); }
   void backward(const AttentionCall& call, const AttentionGradients& gradients) override {
@@ -81,7 +80,7 @@ class Cudnn final : public CudnnAttention {
     pointers.dq = gradients.dq.data;
     pointers.dk = gradients.dk.data;
     pointers.dv = gradients.dv.data;
-    run(backward_shape_of(call, gradients), call, pointers, gradients.dbias);
+    run(shape_of(call, gradients), call, pointers, gradients.dbias);
   }
 
  private:
@@ -89,12 +88,6 @@ class Cudnn final : public CudnnAttention {
     AttentionShape shape;
     std::unique_ptr<CudnnAttentionPlan> plan;  // nullptr: cuDNN has none, or none that fits
   };
-
-  AttentionShape backward_shape_of(const AttentionCall& call, const AttentionGradients& gradients) const {
-    AttentionShape shape = shape_of(call, gradients);
-    shape.deterministic = deterministic_;
-    return shape;
-  }
 
   static CudnnAttentionPointers pointers_of(const AttentionCall& call) {
     return {.q = call.q.data,
@@ -120,7 +113,6 @@ class Cudnn final : public CudnnAttention {
            Tensor dbias);
 
   CudaDevice& device_;
-  bool deterministic_;
   CudnnHandle handle_;
   std::vector<Entry> entries_;
 };
@@ -151,8 +143,8 @@ void Cudnn::run(const AttentionShape& shape, const AttentionCall& call, CudnnAtt
 
 }  // namespace
 
-std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device, bool deterministic) {
-  return std::make_unique<Cudnn>(device, deterministic);
+std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device) {
+  return std::make_unique<Cudnn>(device);
 }
 
 }  // namespace regroup

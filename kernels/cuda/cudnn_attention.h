@@ -25,8 +25,8 @@ class CudnnAttention {
   virtual void backward(const AttentionCall& call, const AttentionGradients& gradients) = 0;
 };
 
-// On `device`, which must outlive it. `deterministic`: the same bits in every run, by slower kernels in
-// backward. nullptr where this build has no cudnn-frontend. SystemError where cuDNN cannot be used.
-std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device, bool deterministic);
+// On `device`, which must outlive it. Gives the same bits in every run: of cuDNN's backward kernels it takes
+// the deterministic. nullptr where this build has no cudnn-frontend. SystemError where cuDNN cannot be used.
+std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device);
 
 }  // namespace regroup

@@ -149,9 +149,8 @@ class AttentionGraph {
 
   void backward() {
     // cuDNN finds an engine for dbias only where the scores' gradient is scaled, by 1 as well.
-    auto attributes = fe::graph::SDPA_backward_attributes()
-                          .set_deterministic_algorithm(s_.deterministic)
-                          .set_attn_scale(1.0F);
+    auto attributes =
+        fe::graph::SDPA_backward_attributes().set_deterministic_algorithm(true).set_attn_scale(1.0F);
     set_mask_and_bias(attributes);
     if (s_.dbias)
       attributes.set_dbias(

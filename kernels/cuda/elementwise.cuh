@@ -9,11 +9,6 @@
 
 namespace regroup {
 
-// Blocks of `per_block` that hold `size`: a grid's first extent, below 2^31.
-inline unsigned block_count(index_t size, index_t per_block) {
-  return static_cast<unsigned>(narrow<int>((size + per_block - 1) / per_block));
-}
-
 // Whether 16-byte accesses may begin at all of these addresses.
 inline bool aligned(std::initializer_list<const void*> addresses) {
   bool result = true;

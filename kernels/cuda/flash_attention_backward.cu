@@ -135,7 +135,8 @@ class QueryGradient {
         for (int i = 0; i < 8; ++i) sum += widen(dout.at[i]) * widen(out.at[i]);
       }
 #pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kWarp, sum, distance);
+      for (int distance = 1; distance < kLanes; distance *= 2)
+        sum += __shfl_xor_sync(kWholeWarp, sum, distance);
       if (chunk == 0) {
         shared_.delta[row] = sum;
         if (query < x_.queries) a_.delta[x_.statistics_of(sample_, head_) + query] = sum;
@@ -229,7 +230,7 @@ class KeptQueries {
     for (int n = 0; n < kSteps / 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const std::uint32_t word = __shfl_sync(kWarp, words, 8 * n + lane_column() + e) >> lane_row();
+        const std::uint32_t word = __shfl_sync(kWholeWarp, words, 8 * n + lane_column() + e) >> lane_row();
 #pragma unroll
         for (int i = 0; i < 4; ++i) kept_ |= (word >> 8 * i & 1) << place(i % 2, n + i / 2 * 4, e);
       }
@@ -432,13 +433,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<C, kDropout
 
 template <int C, bool kBias, bool kDropout>
 void backward(CudaDevice& device, const Arguments& a) {
-  const auto blocks = [](int length) { return static_cast<unsigned>((length + kRows - 1) / kRows); };
   const auto heads = static_cast<unsigned>(a.x.heads), groups = static_cast<unsigned>(a.x.groups),
              samples = static_cast<unsigned>(a.x.samples);
-  const Grid queries{.blocks = {blocks(a.x.queries), heads, samples},
+  const Grid queries{.blocks = {block_count(a.x.queries, kRows), heads, samples},
                      .threads = kThreads,
                      .shared_bytes = sizeof(typename QueryGradient<C, kBias, kDropout>::Shared)};
-  const Grid keys{.blocks = {blocks(a.x.keys), groups, samples},
+  const Grid keys{.blocks = {block_count(a.x.keys, kRows), groups, samples},
                   .threads = kThreads,
                   .shared_bytes = sizeof(typename KeyGradient<C, kBias, kDropout>::Shared)};
   launch(device, queries, query_gradient_kernel<C, kBias, kDropout>, a);  // writes delta for the next

@@ -135,8 +135,8 @@ template <int C, bool kBias, bool kDropout>
 void forward(CudaDevice& device, const AttentionCall& call) {
   using Kernel = Forward<C, kBias, kDropout>;
   const AttentionArguments<bfloat16> x(call);
-  const Grid grid{.blocks = {static_cast<unsigned>((x.queries + Kernel::kRows - 1) / Kernel::kRows),
-                             static_cast<unsigned>(x.heads), static_cast<unsigned>(x.samples)},
+  const Grid grid{.blocks = {block_count(x.queries, Kernel::kRows), static_cast<unsigned>(x.heads),
+                             static_cast<unsigned>(x.samples)},
                   .threads = kThreads,
                   .shared_bytes = sizeof(typename Kernel::Shared)};
   launch(device, grid, forward_kernel<C, kBias, kDropout>, x, HeadRows<bfloat16>(call.out));

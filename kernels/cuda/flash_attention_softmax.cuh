@@ -26,7 +26,7 @@ class OnlineSoftmax {
       }
 #pragma unroll
       for (int distance = 1; distance < 4; distance *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, distance));
+        largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
       }
       const float shift = largest == -INFINITY ? 0.0F : largest;
       factors[l] = ptx::exp2_approx(largest_[l] - shift);
@@ -52,7 +52,8 @@ class OnlineSoftmax {
     for (int l = 0; l < kLines; ++l) {
       float total = total_[l];
 #pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2) total += __shfl_xor_sync(kWarp, total, distance);
+      for (int distance = 1; distance < 4; distance *= 2)
+        total += __shfl_xor_sync(kWholeWarp, total, distance);
       factors[l] = total == 0 ? 0.0F : scale / total;
       log_sum_exp[l] = total == 0 ? INFINITY : (largest_[l] + log2f(total)) * kLn2;
     }

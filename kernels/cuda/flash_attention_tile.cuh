@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention_arguments.cuh"
+#include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/element.cuh"
 #include "kernels/cuda/ptx.cuh"
 
@@ -19,7 +20,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kColumns = 64;
 constexpr int kSteps = kColumns / 8;  // blocks of 8 columns
-constexpr unsigned kWarp = 0xFFFFFFFF;
 constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
 
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
@@ -258,7 +258,7 @@ __device__ inline int visible_end(const std::int32_t* mask, int keys) {
     }
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      last = max(last, __shfl_xor_sync(kWarp, last, distance));
+      last = max(last, __shfl_xor_sync(kWholeWarp, last, distance));
     }
     if (last > 0) return last;
   }
@@ -277,7 +277,7 @@ class KeyBits {
   }
   // Bit c: key first + c exists and is visible.
   __device__ std::uint64_t bits() const {
-    const std::uint64_t low = __ballot_sync(kWarp, seen_[0]), high = __ballot_sync(kWarp, seen_[1]);
+    const std::uint64_t low = __ballot_sync(kWholeWarp, seen_[0]), high = __ballot_sync(kWholeWarp, seen_[1]);
     return low | high << 32;
   }
 
@@ -343,9 +343,9 @@ class KeptKeys {
   // Bit 8 n + e (of the low word for n < 4, else of the high word): the lane's element of line l.
   __device__ std::uint64_t line(int l) const {
     const int row = 8 * l + lane_row();
-    const std::uint64_t low = __shfl_sync(kWarp, words_[0], row),
-                        high = kBlocks == 2 ? __shfl_sync(kWarp, words_[kBlocks - 1], row)
-                                            : __shfl_sync(kWarp, words_[0], row + 16);
+    const std::uint64_t low = __shfl_sync(kWholeWarp, words_[0], row),
+                        high = kBlocks == 2 ? __shfl_sync(kWholeWarp, words_[kBlocks - 1], row)
+                                            : __shfl_sync(kWholeWarp, words_[0], row + 16);
     return (low | high << 32) >> lane_column();
   }
 

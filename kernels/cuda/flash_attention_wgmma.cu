@@ -186,8 +186,8 @@ template <int C, bool kBias, bool kDropout>
 void forward(CudaDevice& device, const AttentionCall& call) {
   using Kernel = WgmmaForward<C, kBias, kDropout>;
   const AttentionArguments<bfloat16> x(call);
-  const Grid grid{.blocks = {static_cast<unsigned>((x.queries + Kernel::kRows - 1) / Kernel::kRows),
-                             static_cast<unsigned>(x.heads), static_cast<unsigned>(x.samples)},
+  const Grid grid{.blocks = {block_count(x.queries, Kernel::kRows), static_cast<unsigned>(x.heads),
+                             static_cast<unsigned>(x.samples)},
                   .threads = Kernel::kBlockThreads,
                   .shared_bytes = Kernel::kSharedBytes};
   launch(device, grid, wgmma_kernel<C, kBias, kDropout>, x, HeadRows<bfloat16>(call.out));

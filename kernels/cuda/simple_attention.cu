@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention_arguments.cuh"
 #include "kernels/cuda/attention_bias_gradient.cuh"
+#include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/element.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/simple_attention.h"
@@ -14,7 +15,6 @@ namespace {
 // y + kSide i and columns x + kSide j, so that the threads of a row of scores are neighbours in a warp.
 constexpr int kSide = 8;
 constexpr int kThreads = kSide * kSide;
-constexpr unsigned kWarp = 0xFFFFFFFF;
 
 __device__ int thread_row() { return static_cast<int>(threadIdx.x) / kSide; }
 __device__ int thread_column() { return static_cast<int>(threadIdx.x) % kSide; }
@@ -134,14 +134,14 @@ __device__ void store_square(S* tile, const Square<S, kTile>& values) {
 template <class S>
 __device__ S row_max(S x) {
   for (int distance = 1; distance < kSide; distance *= 2) {
-    const S other = __shfl_xor_sync(kWarp, x, distance);
+    const S other = __shfl_xor_sync(kWholeWarp, x, distance);
     x = x > other ? x : other;
   }
   return x;
 }
 template <class S>
 __device__ S row_sum(S x) {
-  for (int distance = 1; distance < kSide; distance *= 2) x += __shfl_xor_sync(kWarp, x, distance);
+  for (int distance = 1; distance < kSide; distance *= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
   return x;
 }
 
@@ -377,8 +377,6 @@ bool with_tile(const CudaDevice& device, const AttentionCall& call, F&& f) {
   });
 }
 
-unsigned tiles(index_t length, int tile) { return static_cast<unsigned>((length + tile - 1) / tile); }
-
 template <class T, int kTile>
 void backward(CudaDevice& device, const AttentionCall& call, const AttentionGradients& gradients) {
   using S = stat_t<T>;
@@ -397,10 +395,10 @@ void backward(CudaDevice& device, const AttentionCall& call, const AttentionGrad
                                        delta,
                                        partials};
   const auto samples = static_cast<unsigned>(x.samples);
-  const Grid queries{.blocks = {tiles(x.queries, kTile), static_cast<unsigned>(x.heads), samples},
+  const Grid queries{.blocks = {block_count(x.queries, kTile), static_cast<unsigned>(x.heads), samples},
                      .threads = kThreads,
                      .shared_bytes = shared_bytes<S, kTile>(5, 2, x.size)};
-  const Grid keys{.blocks = {tiles(x.keys, kTile), static_cast<unsigned>(x.groups), samples},
+  const Grid keys{.blocks = {block_count(x.keys, kTile), static_cast<unsigned>(x.groups), samples},
                   .threads = kThreads,
                   .shared_bytes = shared_bytes<S, kTile>(6, 2, x.size)};
   launch(device, queries, query_gradient_kernel<T, kTile>, arguments);
@@ -419,10 +417,10 @@ bool simple_attention_supports(const CudaDevice& device, const AttentionCall& ca
 void simple_attention_forward(CudaDevice& device, const AttentionCall& call) {
   const bool done = with_tile(device, call, [&]<class T, int kTile>() {
     const AttentionArguments<T> x(call);
-    const Grid grid{
-        .blocks = {tiles(x.queries, kTile), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.samples)},
-        .threads = kThreads,
-        .shared_bytes = shared_bytes<stat_t<T>, kTile>(4, 1, x.size)};
+    const Grid grid{.blocks = {block_count(x.queries, kTile), static_cast<unsigned>(x.heads),
+                               static_cast<unsigned>(x.samples)},
+                    .threads = kThreads,
+                    .shared_bytes = shared_bytes<stat_t<T>, kTile>(4, 1, x.size)};
     launch(device, grid, forward_kernel<T, kTile>, x, HeadRows<T>(call.out));
   });
   check(done, "attention: a head of {} elements does not fit into shared memory", call.q[3]);

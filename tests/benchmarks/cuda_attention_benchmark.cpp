@@ -82,7 +82,7 @@ void measure(CudaBackend& backend, index_t tokens, index_t heads, index_t groups
         "Regroup, flash", [&] { flash_attention_forward(device, t.call); },
         [&] { flash_attention_backward(device, t.call, t.gradients); });
   }
-  const auto cudnn = make_cudnn_attention(device, /*deterministic=*/false);
+  const auto cudnn = make_cudnn_attention(device);
   if (cudnn != nullptr && cudnn->supports(t.call) && cudnn->supports(t.call, t.gradients)) {
     report(
         "cuDNN", [&] { cudnn->forward(t.call); }, [&] { cudnn->backward(t.call, t.gradients); });

