@@ -4,11 +4,9 @@
 #include <vector>
 
 #include "trainer/commands/commands.h"
+#include "trainer/exit_code.h"
 
 namespace {
-
-constexpr int kFailure = 1;
-constexpr int kUserFailure = 2;
 
 int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment& mpi) {
   const regroup::ProcessGroup world = regroup::ProcessGroup::world();
@@ -25,13 +23,13 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
     world.run_together([&] { options = regroup::parse_options(arguments); });
     return regroup::run_command(options, world, log);
   } catch (const regroup::UserError& error) {
-    return fail(error.what(), error.on_every_rank(), kUserFailure);
+    return fail(error.what(), error.on_every_rank(), regroup::kUserFailure);
   } catch (const regroup::InternalError& error) {
-    return fail(fmt::format("a bug: {}", error.what()), error.on_every_rank(), kFailure);
+    return fail(fmt::format("a bug: {}", error.what()), error.on_every_rank(), regroup::kFailure);
   } catch (const regroup::Error& error) {
-    return fail(error.what(), error.on_every_rank(), kFailure);
+    return fail(error.what(), error.on_every_rank(), regroup::kFailure);
   } catch (const std::exception& error) {
-    return fail(error.what(), false, kFailure);
+    return fail(error.what(), false, regroup::kFailure);
   }
 }
 

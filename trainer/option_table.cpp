@@ -14,7 +14,8 @@ const std::vector<std::pair<std::string, Mode>>& modes() {
                                                                 {"pretrain", Mode::kPretrain},
                                                                 {"uptrain", Mode::kUptrain},
                                                                 {"evaluate", Mode::kEvaluate},
-                                                                {"report", Mode::kReport}};
+                                                                {"report", Mode::kReport},
+                                                                {"doctor", Mode::kDoctor}};
   return all;
 }
 
@@ -73,7 +74,8 @@ po::options_description describe_modes() {
       "prepare-data", "text to a token corpus (--input, --tokenizer, --output)")(
       "pretrain", "train a T5 1.1 from scratch")(
       "uptrain", "convert a multi-head checkpoint to grouped queries and train on")(
-      "evaluate", "held-out loss of a checkpoint at any layout")("report", "compare finished runs (--runs)");
+      "evaluate", "held-out loss of a checkpoint at any layout")("report", "compare finished runs (--runs)")(
+      "doctor", "look for what would make a run under this launcher slow or fragile");
   return group;
 }
 
@@ -92,8 +94,10 @@ std::vector<po::options_description> describe_options(Options& o) {
       "threads", bound(o.threads), "of each rank; 0: OMP_NUM_THREADS, or its share of the host's cores")(
       "collectives", text(o.collectives),
       "how tensors of GPUs travel: auto, nccl, or host (through host memory: also where ranks share a GPU)")(
-      "collective-timeout", bound(o.collective_timeout),
-      "NCCL: seconds until a collective that does not end counts as hung and the job stops")(
+      "hang-timeout", bound(o.hang_timeout),
+      "seconds without progress until a rank counts as hung and the job is ended; 0: never")(
+      "restart-budget", bound(o.restart_budget),
+      "starts in a row that may come to no new checkpoint; 0: any number")(
       "deterministic", flag(o.deterministic),
       "cuda: fixed algorithms in place of measured ones, so that a second run from the start has the same "
       "bits "
@@ -135,14 +139,23 @@ std::vector<po::options_description> describe_options(Options& o) {
       "scale-by-rms", flag(o.scale_by_rms),
       "adamw: scale updates by the parameter's root mean square, as adafactor")(
       "max-gradient-norm", bound(o.max_gradient_norm), "clip the gradient to this norm; 0: never")(
-      "z-loss", bound(o.z_loss), "coefficient of log(Z)^2");
+      "z-loss", bound(o.z_loss), "coefficient of log(Z)^2")(
+      "on-divergence", text(o.on_divergence),
+      "a step whose loss or gradient is not finite, or a spike: stop; skip its update; or rollback to the "
+      "last "
+      "checkpoint and leave out the samples since")(
+      "spike-threshold", bound(o.spike_threshold),
+      "standard deviations above the recent mean from which a loss or gradient norm is a spike; 0: none is");
   group("Uptraining")("init-from", path(o.init_from),
                       "parent: a run, one of its step directories, or a transformers T5 1.1")(
       "alpha", bound(o.alpha), "train on for this share of the parent's steps")(
       "parent-steps", bound(o.parent_steps), "steps of a parent that does not say (public T5 1.1: 1000000)")(
       "pooling", text(o.pooling), "of a group's heads: mean, first or random");
   group("Checkpoints and evaluation")("save-every", bound(o.save_every), "steps")(
-      "keep-last", bound(o.keep_last), "newest checkpoints to keep")(
+      "background-save", flag(o.background_save), "write checkpoints while training goes on")(
+      "save-memory", bound(o.save_memory),
+      "MiB of host memory of each rank for a checkpoint being written; 0: its whole share, for the shortest "
+      "interruption")("keep-last", bound(o.keep_last), "newest checkpoints to keep")(
       "keep-every", bound(o.keep_every), "keep multiples of this step for good; 0: none")(
       "evaluate-every", bound(o.evaluate_every), "steps; 0: only at the end")(
       "evaluation-samples", bound(o.evaluation_samples), "held-out samples")(

@@ -99,7 +99,7 @@ Mode mode_of(const po::variables_map& values) {
   if (given.empty()) {
     throw UserError(
         "no mode is given; say --pretrain, --uptrain, --evaluate, --prepare-data, --train-tokenizer, "
-        "--report or --help");
+        "--report, --doctor or --help");
   }
   if (given.size() > 1)
     throw UserError("{} cannot be given together: one mode a run", fmt::join(given, " and "));
@@ -141,9 +141,7 @@ void require_one_of(const char* option, const std::string& value, const std::vec
 void validate(const Options& o) {
   require_one_of("device", o.device, {"cpu", "cuda"});
   require_one_of("collectives", o.collectives, {"auto", "nccl", "host"});
-  if (!(o.collective_timeout > 0)) {
-    throw UserError("collective-timeout = {}; it is a number of seconds, more than 0", o.collective_timeout);
-  }
+  require_one_of("on-divergence", o.on_divergence, {"stop", "skip", "rollback"});
   if (o.collectives == "nccl" && o.device == "cpu") {
     throw UserError("collectives = nccl goes from GPU to GPU: give --device cuda too, or leave it out");
   }
@@ -151,6 +149,10 @@ void validate(const Options& o) {
   require_one_of("optimizer", o.optimizer, {"adafactor", "adamw"});
   require_one_of("document", o.document, {"file", "line"});
   require_at_least("threads", o.threads, 0);
+  require_finite("hang-timeout", o.hang_timeout);
+  require_finite("spike-threshold", o.spike_threshold);
+  require_at_least("restart-budget", o.restart_budget, 0);
+  require_at_least("save-memory", o.save_memory, 0);
   require_at_least("batch-size", o.batch_size, 1);
   require_at_most("batch-size", o.batch_size, kMostSequences);
   require_at_most("evaluation-samples", o.evaluation_samples, kMostSequences);
@@ -203,6 +205,7 @@ void validate(const Options& o) {
     case Mode::kReport:
       require(!o.runs.empty(), "report", "runs", "the run directories to compare");
       return;
+    case Mode::kDoctor:
     case Mode::kHelp:
     case Mode::kVersion:
       return;
@@ -353,7 +356,8 @@ std::string help() {
          "used.\n\n"
          "Exit codes: 0 done, 1 a failure of the system or a bug, 2 something to put right in the call or "
          "its files,\n"
-         "75 stopped by a signal after saving: the same command resumes.\n";
+         "75 stopped by a signal or the stop file after saving, 76 ended by the watchdog: the same command "
+         "resumes;\n77 several starts in a row made no progress.\n";
   return out.str();
 }
 

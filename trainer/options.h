@@ -14,7 +14,17 @@
 
 namespace regroup {
 
-enum class Mode { kHelp, kVersion, kTrainTokenizer, kPrepareData, kPretrain, kUptrain, kEvaluate, kReport };
+enum class Mode {
+  kHelp,
+  kVersion,
+  kTrainTokenizer,
+  kPrepareData,
+  kPretrain,
+  kUptrain,
+  kEvaluate,
+  kReport,
+  kDoctor
+};
 
 // Defaults are those of `trainer --help`; every member is the option of the same name with '-' for '_'.
 struct Options {
@@ -26,7 +36,8 @@ struct Options {
   std::string device = "cpu";  // or cuda
   int threads = 0;             // of each rank; 0: OMP_NUM_THREADS, or this rank's share of the host's cores
   std::string collectives = "auto";  // or nccl, host: how tensors of GPUs travel
-  double collective_timeout = 600;   // seconds
+  double hang_timeout = 600;         // seconds without progress; 0: for ever
+  index_t restart_budget = 5;        // starts in a row without a new checkpoint; 0: any number
   bool deterministic = false;        // fixed algorithms in place of measured ones
 
   // Model. Anything set here replaces the value of the named size.
@@ -60,6 +71,9 @@ struct Options {
   bool scale_by_rms = true;
   double max_gradient_norm = 0;
   double z_loss = 1e-4;
+  std::string on_divergence =
+      "stop";                  // or skip, rollback: a step whose loss or gradient is not finite, or a spike
+  double spike_threshold = 0;  // standard deviations above the recent mean; 0: no spikes
 
   // Uptraining.
   std::filesystem::path init_from;  // a run, a step directory, a transformers checkpoint
@@ -69,6 +83,8 @@ struct Options {
 
   // Checkpoints and evaluation.
   index_t save_every = 1000, keep_last = 2, keep_every = 0;
+  bool background_save = true;
+  index_t save_memory = 0;  // MiB of a rank for what is being written; 0: its whole share of a checkpoint
   index_t evaluate_every = 1000, evaluation_samples = 256;
   index_t progress_every = 10;
   std::filesystem::path checkpoint;  // --evaluate: what to evaluate

@@ -15,5 +15,6 @@ int train_command(const Options& options, const ProcessGroup& world,
                   const Log& log);  // --pretrain, --uptrain
 int evaluate_command(const Options& options, const ProcessGroup& world, const Log& log);
 int report_command(const Options& options, const ProcessGroup& world, const Log& log);
+int doctor_command(const Options& options, const ProcessGroup& world, const Log& log);
 
 }  // namespace regroup

@@ -83,8 +83,7 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
     };
     return result;
   }
-  const NcclOptions nccl{.deterministic = options.deterministic,
-                         .deadline_seconds = options.collective_timeout};
+  const NcclOptions nccl{.deterministic = options.deterministic, .deadline_seconds = options.hang_timeout};
   result.communicators = [&backend, nccl](std::string name, const ProcessGroup& group) {
     return make_nccl_communicator(std::move(name), group, backend, nccl);
   };

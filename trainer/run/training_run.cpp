@@ -354,7 +354,7 @@ int TrainingRun::stop() {
   }
   if (checkpoints_.latest() != state_.step) save();
   log_.info("stopped by a signal; saved at step {}. The same command resumes", state_.step);
-  return kStoppedBySignal;
+  return kStopped;
 }
 
 int TrainingRun::run() {

@@ -8,6 +8,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/log.h"
 #include "trainer/checkpoint/step_directory.h"
+#include "trainer/exit_code.h"
 #include "trainer/optimizer/optimizer.h"
 #include "trainer/optimizer/schedule.h"
 #include "trainer/options.h"
@@ -18,9 +19,6 @@
 
 namespace regroup {
 
-// Exit code after a signal: saved, run the same command again.
-inline constexpr int kStoppedBySignal = 75;
-
 // --pretrain and --uptrain. Every member is collective over the world.
 class TrainingRun {
  public:
@@ -28,7 +26,7 @@ class TrainingRun {
   // UserErrors are the same on every rank.
   TrainingRun(const Options& options, const ProcessGroup& world, const Log& log);
 
-  // 0: the last step is done and saved. kStoppedBySignal: SIGTERM, SIGUSR1 or SIGINT came, and everything is
+  // kDone: the last step is done and saved. kStopped: SIGTERM, SIGUSR1 or SIGINT came, and everything is
   // saved.
   int run();
 
