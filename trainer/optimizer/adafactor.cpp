@@ -84,7 +84,7 @@ Adafactor::Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, 
 
 Adafactor::~Adafactor() = default;
 
-double Adafactor::update(index_t step, double learning_rate) {
+double Adafactor::do_update(index_t step, double learning_rate, double largest_norm) {
   const double beta2 =
       1 - std::pow(static_cast<double>(step - options_.step_offset + 1), -options_.decay_rate);
   const AdafactorOptions options = {.beta2 = beta2,
@@ -102,7 +102,7 @@ double Adafactor::update(index_t step, double learning_rate) {
     return std::sqrt(totals_.reduce_statistics());
   };
   const double norm = statistics();
-  if (!std::isfinite(norm)) return norm;
+  if (!std::isfinite(norm) || norm > largest_norm) return norm;
   if (options_.max_gradient_norm > 0 && norm > options_.max_gradient_norm) {
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
     statistics();

@@ -25,11 +25,11 @@ class Adafactor final : public Optimizer {
   Adafactor(const Adafactor&) = delete;
   Adafactor& operator=(const Adafactor&) = delete;
 
-  double update(index_t step, double learning_rate) override;
   std::vector<ShardedTensor> state() const override;
   index_t state_bytes() const override { return state_.bytes(); }
 
  private:
+  double do_update(index_t step, double learning_rate, double largest_norm) override;
   struct Plan;  // where each parameter's slots lie
   static std::vector<Plan> plan(const ParameterStore& store, const Options& options, int tp_size);
 

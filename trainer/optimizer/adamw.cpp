@@ -29,10 +29,10 @@ AdamW::AdamW(Backend& backend, ParameterStore& store, const Mesh& mesh, const Op
   }
 }
 
-double AdamW::update(index_t step, double learning_rate) {
+double AdamW::do_update(index_t step, double learning_rate, double largest_norm) {
   backend_.adamw_statistics(slots_);
   const double norm = std::sqrt(totals_.reduce_statistics());
-  if (!std::isfinite(norm)) return norm;
+  if (!std::isfinite(norm) || norm > largest_norm) return norm;
   if (options_.max_gradient_norm > 0 && norm > options_.max_gradient_norm) {
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
   }

@@ -18,11 +18,11 @@ class AdamW final : public Optimizer {
 
   AdamW(Backend& backend, ParameterStore& store, const Mesh& mesh, const Options& options);
 
-  double update(index_t step, double learning_rate) override;
   std::vector<ShardedTensor> state() const override;
   index_t state_bytes() const override { return state_.bytes(); }
 
  private:
+  double do_update(index_t step, double learning_rate, double largest_norm) override;
   Backend& backend_;
   ParameterStore& store_;
   Options options_;

@@ -1,6 +1,7 @@
 // What every optimizer does: one update from the summed gradients, global over tensor-parallel ranks.
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -15,15 +16,21 @@ class Optimizer {
 
   // Updates the store's masters and weights from its gradients (already summed over dp and KV replicas) at
   // 0-based step `step`. Norms and means are over global tensors: partial sums of all tensors travel together
-  // over the tp axis. Collective over tp. A gradient that is not finite changes nothing. Returns the norm of
-  // the whole gradient, every replicated element counted once, before any clipping.
-  virtual double update(index_t step, double learning_rate) = 0;
+  // over the tp axis. Collective over tp. Returns the norm of the whole gradient, every replicated element
+  // counted once, before any clipping. Where it is not finite or above `largest_norm`, nothing is changed.
+  double update(index_t step, double learning_rate,
+                double largest_norm = std::numeric_limits<double>::infinity()) {
+    return do_update(step, learning_rate, largest_norm);
+  }
 
   // The state under "<parameter>.<slot>" with global shapes; memory of the device, owned by the optimizer.
   virtual std::vector<ShardedTensor> state() const = 0;
 
   // Bytes of state on this rank.
   virtual index_t state_bytes() const = 0;
+
+ private:
+  virtual double do_update(index_t step, double learning_rate, double largest_norm) = 0;
 };
 
 // Per-tensor sums of an update: a float64 matrix [parameters, 4] at the head of a buffer that also holds

@@ -26,6 +26,7 @@ nlohmann::json to_json(const RunState& state) {
           {"parent", state.parent},
           {"parent_loss", number_or_null(state.parent_loss)},
           {"converted_loss", number_or_null(state.converted_loss)},
+          {"divergence", to_json(state.divergence)},
           {"identity", state.identity}};
 }
 
@@ -41,6 +42,7 @@ RunState run_state_from_json(const nlohmann::json& json, const std::string& wher
     state.parent = json.at("parent").get<std::string>();
     state.parent_loss = number("parent_loss");
     state.converted_loss = number("converted_loss");
+    if (json.contains("divergence")) state.divergence = divergence_from_json(json.at("divergence"));
     state.identity = json.at("identity");
     return state;
   } catch (const nlohmann::json::exception& error) {

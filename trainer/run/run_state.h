@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/dtype.h"
+#include "trainer/run/divergence.h"
 
 namespace regroup {
 
@@ -17,6 +18,7 @@ struct RunState {
   index_t first_step = 0;
   double parent_loss = 0, converted_loss = 0;
   std::string parent;
+  Divergence divergence;  // what judges the next step
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not
   // part of it.
   nlohmann::json identity = nlohmann::json::object();

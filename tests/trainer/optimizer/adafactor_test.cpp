@@ -2,6 +2,7 @@
 #include "trainer/optimizer/adafactor.h"
 
 #include <cmath>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -173,6 +174,47 @@ TEST(Adafactor, StepOffsetStartsAfresh) {
     return values_of(store.all_masters());
   };
   EXPECT_EQ(weights_after(0), weights_after(1000000));
+}
+
+// A gradient above the largest norm that is asked for, or not finite, leaves weights and state as they were.
+template <class AnOptimizer>
+void expect_bad_gradients_change_nothing(const typename AnOptimizer::Options& options) {
+  CpuBackend backend(1);
+  const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
+  ParameterStore store(backend, config(), {.compute = DType::kFloat64});
+  store.initialise(3);
+  AnOptimizer optimizer(backend, store, mesh, options);
+  const auto everything = [&] {
+    std::vector<std::vector<double>> all = {values_of(store.all_masters())};
+    for (const ShardedTensor& tensor : optimizer.state()) all.push_back(values_of(tensor.local));
+    return all;
+  };
+  draw_gradients(store, 0);
+  const double norm = optimizer.update(0, 0.01);
+  const auto before = everything();
+  draw_gradients(store, 0);
+  EXPECT_EQ(optimizer.update(1, 0.01, std::nextafter(norm, 0.0)), norm);
+  EXPECT_EQ(everything(), before);
+  for (const double bad :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    draw_gradients(store, 0);
+    store.gradient(2).as<double>()[5] = bad;
+    EXPECT_FALSE(std::isfinite(optimizer.update(1, 0.01)));
+    EXPECT_EQ(everything(), before);
+  }
+  draw_gradients(store, 0);
+  EXPECT_EQ(optimizer.update(1, 0.01, norm), norm);
+  EXPECT_NE(everything(), before);
+}
+
+TEST(Adafactor, BadGradientsChangeNothing) {
+  expect_bad_gradients_change_nothing<Adafactor>({});
+  expect_bad_gradients_change_nothing<Adafactor>({.max_gradient_norm = 1e-3});
+}
+
+TEST(AdamW, BadGradientsChangeNothing) {
+  expect_bad_gradients_change_nothing<AdamW>({});
+  expect_bad_gradients_change_nothing<AdamW>({.max_gradient_norm = 1e-3});
 }
 
 TEST(AdamW, IsTheUsualOne) {
