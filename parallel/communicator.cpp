@@ -24,16 +24,27 @@ class PlanCommunicator final : public Communicator {
 
 }  // namespace
 
+Communicator::Communicator(std::string name, const ProcessGroup& group)
+    : Communicator(std::move(name), group.rank(), group.size()) {
+  heartbeat_ = group.shared_heartbeat();
+}
+
 Communicator::Communicator(std::string name, int rank, int size)
-    : name_(std::move(name)), rank_(rank), size_(size) {
+    : heartbeat_(std::make_shared<Heartbeat>()),
+      name_(std::move(name)),
+      all_reduce_(name_ + " all_reduce"),
+      broadcast_(name_ + " broadcast"),
+      rank_(rank),
+      size_(size) {
   check(size >= 1 && 0 <= rank && rank < size, "{}: rank {} of {} ranks", name_, rank, size);
 }
 
 template <class Work>
-void Communicator::move(const char* what, const Tensor& x, Work&& work) {
-  check(x.is_contiguous(), "{}: {} of {}, which is not dense", name_, what, x.describe());
+void Communicator::move(const std::string& what, const Tensor& x, Work&& work) {
+  check(x.is_contiguous(), "{} of {}, which is not dense", what, x.describe());
   if (size_ == 1 || x.numel() == 0) return;
-  check(static_cast<bool>(x), "{}: {} of {} without memory", name_, what, x.describe());
+  check(static_cast<bool>(x), "{} of {} without memory", what, x.describe());
+  const Heartbeat::Wait wait(*heartbeat_, what);
   const auto start = Clock::now();
   work();
   seconds_ += seconds_since(start);
@@ -41,14 +52,16 @@ void Communicator::move(const char* what, const Tensor& x, Work&& work) {
 }
 
 void Communicator::all_reduce(Tensor x, ReduceOp op) {
-  move("all_reduce", x, [&] { do_all_reduce(x, op); });
+  move(all_reduce_, x, [&] { do_all_reduce(x, op); });
 }
 
 void Communicator::start_all_reduce(Tensor x, ReduceOp op) {
-  move("all_reduce", x, [&] { do_start_all_reduce(x, op); });
+  move(all_reduce_, x, [&] { do_start_all_reduce(x, op); });
 }
 
 void Communicator::finish() {
+  if (size_ == 1) return;
+  const Heartbeat::Wait wait(*heartbeat_, all_reduce_);
   const auto start = Clock::now();
   do_finish();
   seconds_ += seconds_since(start);
@@ -56,7 +69,7 @@ void Communicator::finish() {
 
 void Communicator::broadcast(Tensor x, int root) {
   check(0 <= root && root < size_, "{}: broadcast from rank {} of {}", name_, root, size_);
-  move("broadcast", x, [&] { do_broadcast(x, root); });
+  move(broadcast_, x, [&] { do_broadcast(x, root); });
 }
 
 std::unique_ptr<Communicator> make_plan_communicator(std::string name, int rank, int size) {

@@ -37,7 +37,10 @@ class Communicator {
   double bytes_moved() const { return bytes_; }  // payload handed to collectives
 
  protected:
-  Communicator(std::string name, int rank, int size);
+  Communicator(std::string name, const ProcessGroup& group);
+  Communicator(std::string name, int rank, int size);  // without anybody to wait for
+
+  Heartbeat& heartbeat() const { return *heartbeat_; }
 
  private:
   virtual void do_all_reduce(Tensor x, ReduceOp op) = 0;
@@ -46,9 +49,10 @@ class Communicator {
   virtual void do_broadcast(Tensor x, int root) = 0;
 
   template <class Work>
-  void move(const char* what, const Tensor& x, Work&& work);
+  void move(const std::string& what, const Tensor& x, Work&& work);
 
-  std::string name_;
+  std::shared_ptr<Heartbeat> heartbeat_;
+  std::string name_, all_reduce_, broadcast_;  // "tp", "tp all_reduce", "tp broadcast"
   int rank_;
   int size_;
   double seconds_ = 0;

@@ -13,9 +13,7 @@ constexpr index_t kPieceBytes = index_t{16} << 20;
 class HostStagedCommunicator final : public Communicator {
  public:
   HostStagedCommunicator(const std::string& name, const ProcessGroup& group, Backend& backend)
-      : Communicator(name, group.rank(), group.size()),
-        backend_(backend),
-        mpi_(make_mpi_communicator(name, group)) {
+      : Communicator(name, group), backend_(backend), mpi_(make_mpi_communicator(name, group)) {
     if (size() > 1) staging_ = backend.allocate_host(kPieceBytes);
   }
 

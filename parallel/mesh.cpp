@@ -53,7 +53,7 @@ Layout complete_layout(Layout layout, int ranks) {
 
 Mesh::Mesh(const ProcessGroup& world, Layout layout, const std::vector<index_t>& kv_groups,
            const CommunicatorFactory& make)
-    : layout_(layout) {
+    : layout_(layout), heartbeat_(world.shared_heartbeat()) {
   check(layout.ranks() == world.size(), "a mesh of {} x {} over {} ranks", layout.data_parallel,
         layout.tensor_parallel, world.size());
   const int tp_rank = world.rank() % layout.tensor_parallel;

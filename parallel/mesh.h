@@ -40,12 +40,15 @@ class Mesh {
 
   Communicator& tp() const { return *tp_; }
   Communicator& dp() const { return *dp_; }
+  // The world's; of a plan, one that nobody watches.
+  Heartbeat& heartbeat() const { return *heartbeat_; }
   // The ranks that hold the same key/value group when there are `kv_groups` of them; size 1 where G >= tp.
   Communicator& kv_replicas(index_t kv_groups) const;
 
  private:
   Mesh() = default;
   Layout layout_;
+  std::shared_ptr<Heartbeat> heartbeat_ = std::make_shared<Heartbeat>();
   std::unique_ptr<Communicator> tp_, dp_, self_;
   std::map<index_t, std::unique_ptr<Communicator>> kv_replicas_;
 };

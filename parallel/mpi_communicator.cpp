@@ -30,7 +30,7 @@ MPI_Datatype mpi_type(DType dtype) {
 class MpiCommunicator final : public Communicator {
  public:
   MpiCommunicator(std::string name, ProcessGroup group)
-      : Communicator(std::move(name), group.rank(), group.size()), group_(std::move(group)) {
+      : Communicator(std::move(name), group), group_(std::move(group)) {
     if (size() == 1) return;
     const auto ranks = static_cast<std::size_t>(size());
     received_.resize(static_cast<std::size_t>(kChunk) + ranks);  // parts are rounded up

@@ -60,7 +60,7 @@ class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(std::string name, const ProcessGroup& group, CudaDevice& device,
                    const NcclOptions& options)
-      : Communicator(std::move(name), group.rank(), group.size()), device_(device), options_(options) {
+      : Communicator(std::move(name), group), device_(device), options_(options) {
     if (size() == 1) return;
     connect(group);
     stream_ = make_cuda_stream();
@@ -91,6 +91,7 @@ class NcclCommunicator final : public Communicator {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     config.commName = name().c_str();
+    const Heartbeat::Wait wait(heartbeat(), "the start of NCCL");
     ncclComm_t communicator = nullptr;
     check_nccl(ncclCommInitRankConfig(&communicator, size(), id, rank(), &config), "ncclCommInitRankConfig");
     communicator_.reset(communicator);

@@ -99,39 +99,48 @@ void MpiEnvironment::abort(int exit_code) const {
   std::terminate();  // not reached: MPI_Abort does not return
 }
 
-ProcessGroup::ProcessGroup(std::shared_ptr<const Handle> handle) : handle_(std::move(handle)) {
+ProcessGroup::ProcessGroup(std::shared_ptr<const Handle> handle, std::shared_ptr<Heartbeat> heartbeat)
+    : handle_(std::move(handle)), heartbeat_(std::move(heartbeat)) {
   check_mpi(MPI_Comm_rank(handle_->get(), &rank_), "MPI_Comm_rank");
   check_mpi(MPI_Comm_size(handle_->get(), &size_), "MPI_Comm_size");
 }
 
 ProcessGroup ProcessGroup::world() {
-  return ProcessGroup(std::make_shared<const Handle>(MPI_COMM_WORLD, false));
+  return ProcessGroup(std::make_shared<const Handle>(MPI_COMM_WORLD, false), std::make_shared<Heartbeat>());
 }
 
 ProcessGroup ProcessGroup::split(int color, int key) const {
+  const Heartbeat::Wait wait(*heartbeat_, "split");
   MPI_Comm part = MPI_COMM_NULL;
   check_mpi(MPI_Comm_split(handle_->get(), color, key, &part), "MPI_Comm_split");
-  return ProcessGroup(std::make_shared<const Handle>(part, true));
+  return ProcessGroup(std::make_shared<const Handle>(part, true), heartbeat_);
 }
 
 ProcessGroup ProcessGroup::split_by_host() const {
+  const Heartbeat::Wait wait(*heartbeat_, "split");
   MPI_Comm part = MPI_COMM_NULL;
   check_mpi(MPI_Comm_split_type(handle_->get(), MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &part),
             "MPI_Comm_split_type");
-  return ProcessGroup(std::make_shared<const Handle>(part, true));
+  return ProcessGroup(std::make_shared<const Handle>(part, true), heartbeat_);
 }
 
-void ProcessGroup::barrier() const { check_mpi(MPI_Barrier(handle_->get()), "MPI_Barrier"); }
+void ProcessGroup::barrier() const {
+  const Heartbeat::Wait wait(*heartbeat_, "barrier");
+  check_mpi(MPI_Barrier(handle_->get()), "MPI_Barrier");
+}
 
 void ProcessGroup::all_reduce(std::span<double> values, ReduceOp op) const {
+  const Heartbeat::Wait wait(*heartbeat_, "all_reduce");
   reduce_in_place(values, MPI_DOUBLE, op, handle_->get());
 }
 
 void ProcessGroup::all_reduce(std::span<std::uint64_t> values, ReduceOp op) const {
+  const Heartbeat::Wait wait(*heartbeat_, "all_reduce");
   reduce_in_place(values, MPI_UINT64_T, op, handle_->get());
 }
 
 std::vector<std::string> ProcessGroup::all_gather(const std::string& text) const {
+  const Heartbeat::Wait wait(*heartbeat_, "all_gather");
   const auto all = gather<char>(text, MPI_CHAR, handle_->get(), size_);
   std::vector<std::string> texts;
   auto next = all.values.begin();
@@ -145,6 +154,7 @@ std::vector<std::string> ProcessGroup::all_gather(const std::string& text) const
 
 std::vector<std::vector<std::uint64_t>> ProcessGroup::all_gather(
     const std::vector<std::uint64_t>& values) const {
+  const Heartbeat::Wait wait(*heartbeat_, "all_gather");
   const auto all = gather<std::uint64_t>(values, MPI_UINT64_T, handle_->get(), size_);
   std::vector<std::vector<std::uint64_t>> lists;
   auto next = all.values.begin();
@@ -156,7 +166,31 @@ std::vector<std::vector<std::uint64_t>> ProcessGroup::all_gather(
   return lists;
 }
 
+void ProcessGroup::all_to_all(const std::byte* send, std::span<const std::uint64_t> send_bytes,
+                              std::byte* receive, std::span<const std::uint64_t> receive_bytes) const {
+  const Heartbeat::Wait wait(*heartbeat_, "all_to_all");
+  struct Counts {
+    std::vector<int> counts, begins;
+  };
+  const auto counts_of = [](std::span<const std::uint64_t> bytes) {
+    Counts result;
+    std::uint64_t begin = 0;
+    for (const std::uint64_t count : bytes) {
+      result.counts.push_back(narrow<int>(count));
+      result.begins.push_back(narrow<int>(begin));
+      begin += count;
+    }
+    return result;
+  };
+  const Counts out = counts_of(send_bytes);
+  const Counts in = counts_of(receive_bytes);
+  check_mpi(MPI_Alltoallv(send, out.counts.data(), out.begins.data(), MPI_BYTE, receive, in.counts.data(),
+                          in.begins.data(), MPI_BYTE, handle_->get()),
+            "MPI_Alltoallv");
+}
+
 std::string ProcessGroup::broadcast(const std::string& text, int root) const {
+  const Heartbeat::Wait wait(*heartbeat_, "broadcast");
   std::uint64_t length = text.size();
   check_mpi(MPI_Bcast(&length, 1, MPI_UINT64_T, root, handle_->get()), "MPI_Bcast");
   std::string result = rank_ == root ? text : std::string(length, '\0');

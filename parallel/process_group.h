@@ -1,11 +1,14 @@
 // Processes and the host values they exchange. Tensors travel through a Communicator (communicator.h).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "kernels/base/heartbeat.h"
 
 namespace regroup {
 
@@ -25,15 +28,18 @@ class MpiEnvironment {
   [[noreturn]] void abort(int exit_code) const;
 };
 
-// A set of ranks: RAII over an MPI communicator; copies share it. All members but rank/size/hosts are
+// A set of ranks: RAII over an MPI communicator; copies share it. All members but rank/size/heartbeat are
 // collective: every rank of the group calls them in the same order. SystemError naming the call where MPI
-// fails.
+// fails. Each is a Heartbeat::Wait.
 class ProcessGroup {
  public:
+  // All ranks of the job, with a heartbeat of its own, which every group split from it shares.
   static ProcessGroup world();
 
   int rank() const { return rank_; }
   int size() const { return size_; }
+  Heartbeat& heartbeat() const { return *heartbeat_; }
+  const std::shared_ptr<Heartbeat>& shared_heartbeat() const { return heartbeat_; }
 
   // The ranks that give the same color, ordered by key then by rank here.
   ProcessGroup split(int color, int key) const;
@@ -47,6 +53,10 @@ class ProcessGroup {
   // Every rank's text, by rank.
   std::vector<std::string> all_gather(const std::string& text) const;
   std::vector<std::vector<std::uint64_t>> all_gather(const std::vector<std::uint64_t>& values) const;
+  // Bytes for every rank and from every rank, one rank's behind the other's: `send_bytes[r]` go to rank r,
+  // `receive_bytes[r]` come from it. All of one rank's together are less than 2 GiB.
+  void all_to_all(const std::byte* send, std::span<const std::uint64_t> send_bytes, std::byte* receive,
+                  std::span<const std::uint64_t> receive_bytes) const;
   // Root's text, on every rank.
   std::string broadcast(const std::string& text, int root = 0) const;
 
@@ -69,13 +79,14 @@ class ProcessGroup {
   const Handle& handle() const { return *handle_; }
 
  private:
-  explicit ProcessGroup(std::shared_ptr<const Handle> handle);
+  ProcessGroup(std::shared_ptr<const Handle> handle, std::shared_ptr<Heartbeat> heartbeat);
   template <class Work>
   static std::string failure_of(Work&& work);  // "" or a tagged message
   static void raise(const std::string& failure);
   static void raise_first(const std::vector<std::string>& failures);  // by rank
 
   std::shared_ptr<const Handle> handle_;
+  std::shared_ptr<Heartbeat> heartbeat_;
   int rank_ = 0;
   int size_ = 1;
 };

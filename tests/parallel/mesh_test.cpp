@@ -83,6 +83,23 @@ TEST(Mesh, CoordinatesAndGroupsForEveryLayout) {
   }
 }
 
+TEST(Mesh, ItsCommunicatorsAreWaitsOfTheWorldsHeartbeat) {
+  const ProcessGroup world = ProcessGroup::world();
+  const Mesh mesh(world, {.data_parallel = 1, .tensor_parallel = world.size()}, {1});
+  EXPECT_EQ(&mesh.heartbeat(), &world.heartbeat());
+  const std::uint64_t before = mesh.heartbeat().state().waits;
+  float value = 1;
+  const Tensor x(&value, DType::kFloat32, {1});
+  mesh.tp().all_reduce(x);
+  mesh.tp().broadcast(x, 0);
+  mesh.tp().start_all_reduce(x);
+  mesh.tp().finish();
+  mesh.kv_replicas(1).all_reduce(x);
+  mesh.dp().all_reduce(x);  // one rank: nobody to wait for
+  mesh.dp().finish();
+  EXPECT_EQ(mesh.heartbeat().state().waits - before, world.size() == 1 ? 0U : 5U);
+}
+
 TEST(Mesh, PlanSeesWhatTheRankWouldSee) {
   const ProcessGroup world = ProcessGroup::world();
   const Layout layout = {.data_parallel = 1, .tensor_parallel = world.size()};

@@ -48,6 +48,36 @@ TEST(ProcessGroup, SplitByHostKeepsTheWholeOfOneHost) {
   EXPECT_EQ(host.rank(), world.rank());
 }
 
+TEST(ProcessGroup, EveryCollectiveIsAWaitOfTheOneHeartbeat) {
+  const ProcessGroup world = ProcessGroup::world();
+  const Heartbeat& heartbeat = world.heartbeat();
+  EXPECT_EQ(heartbeat.state().beats, 0U);
+  std::uint64_t waits = 0;
+  const auto expect_one_more = [&](const char* what) {
+    EXPECT_EQ(heartbeat.state().waits, ++waits) << what;
+    EXPECT_EQ(heartbeat.state().waits_in, "") << what << " is over";
+  };
+  const ProcessGroup part = world.split(0, world.rank());
+  expect_one_more("split");
+  EXPECT_EQ(&part.heartbeat(), &heartbeat);
+  EXPECT_EQ(&world.split_by_host().heartbeat(), &heartbeat);
+  expect_one_more("split_by_host");
+  part.barrier();
+  expect_one_more("barrier");
+  std::array<double, 1> real = {1};
+  world.all_reduce(real, ReduceOp::kSum);
+  expect_one_more("all_reduce of real numbers");
+  std::array<std::uint64_t, 1> whole = {1};
+  part.all_reduce(whole, ReduceOp::kSum);
+  expect_one_more("all_reduce of whole numbers");
+  world.all_gather("a");
+  expect_one_more("all_gather of texts");
+  world.all_gather(std::vector<std::uint64_t>{1});
+  expect_one_more("all_gather of numbers");
+  world.broadcast("b");
+  expect_one_more("broadcast");
+}
+
 TEST(ProcessGroup, AllReduce) {
   const ProcessGroup world = ProcessGroup::world();
   const double rank = world.rank();

@@ -120,6 +120,7 @@ T5::Input ModelRunner::load(const Batch& batch) {
 }
 
 void ModelRunner::train(const Batch& batch, const Position& position, double factor, bool last) {
+  mesh_.heartbeat().beat("forward and backward");
   Step run = step(/*training=*/true);
   run.dropout_key = Philox(position.seed, RandomPurpose::kDropout, static_cast<std::uint64_t>(position.step));
   run.first_sample = position.first_sample;
@@ -133,6 +134,7 @@ void ModelRunner::train(const Batch& batch, const Position& position, double fac
 }
 
 void ModelRunner::evaluate(const Batch& batch) {
+  mesh_.heartbeat().beat("evaluating");
   Step run = step(/*training=*/false);
   model_.evaluate(run, load(batch), options_.z_loss, losses_.tensor(DType::kFloat64, {2}));
 }
@@ -143,6 +145,8 @@ void ModelRunner::logits(const Batch& batch, Tensor logits) {
 }
 
 LossSums ModelRunner::take_losses() {
+  // With tensors on a device it is here that the host meets what its collectives wait for.
+  const Heartbeat::Wait wait(mesh_.heartbeat(), "the sum of the losses");
   const Tensor losses = losses_.tensor(DType::kFloat64, {3});
   backend_.copy_from_host(&targets_, losses.slice(0, 2, 3));
   mesh_.dp().all_reduce(losses);
