@@ -120,9 +120,8 @@ class NcclCommunicator final : public Communicator {
     require_health(state);
     if (seconds > options_.deadline_seconds) {
       fail(
-          "no end of what the device was given after {:.0f} s (--hang-timeout); a rank of the axis is "
-          "late or "
-          "gone, or a link is down",
+          "no end of what the device was given after {:.0f} s; a rank of the axis is late or gone, or a link "
+          "is down",
           seconds);
     }
     return state;

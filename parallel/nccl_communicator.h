@@ -14,7 +14,7 @@ struct NcclOptions {
   // chooses by size and topology, the same on every run of one cluster. NVLink SHARP is off in either case,
   // unless the environment says NCCL_NVLS_ENABLE=1: its sums differ from call to call.
   bool deterministic = false;
-  // How long the host waits for the device before a collective counts as hung.
+  // How long the host waits for the device before a collective counts as hung; infinity: for ever.
   double deadline_seconds = 600;
 };
 

@@ -8,6 +8,7 @@
 #include "kernels/make_backend.h"
 #include "parallel/host_staged_communicator.h"
 #include "parallel/nccl_communicator.h"
+#include "trainer/run/watchdog.h"
 
 namespace regroup {
 namespace {
@@ -83,7 +84,10 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
     };
     return result;
   }
-  const NcclOptions nccl{.deterministic = options.deterministic, .deadline_seconds = options.hang_timeout};
+  // The watchdog comes first: it says more than NCCL knows.
+  constexpr double kLater = 60;
+  const NcclOptions nccl{.deterministic = options.deterministic,
+                         .deadline_seconds = Watchdog::bound(options.hang_timeout) + kLater};
   result.communicators = [&backend, nccl](std::string name, const ProcessGroup& group) {
     return make_nccl_communicator(std::move(name), group, backend, nccl);
   };
