@@ -40,7 +40,7 @@ MODEL = ["--model", "tiny", "--d-model", 128, "--d-ff", 160, "--layers", 1, "--h
 DATA = ["--inputs-length", 32, "--batch-size", 8, "--evaluation-samples", 16, "--workers", 1]
 
 options = argparse.Namespace(trainer=None, mpiexec="mpirun --oversubscribe --bind-to none", device="cpu",
-                             kills=10, seed=1)
+                             kills=10, seed=1, fault_library=None)
 
 
 # ---- The corpus ----------------------------------------------------------------------------------------------------
@@ -129,13 +129,17 @@ def changed(arguments, *changes):
     return result
 
 
-def command_of(arguments, ranks):
+def command_of(arguments, ranks, fault=None):
+    """The command of a job; `fault` (see tests/support/fault_preload.cpp) meets its ranks, not their launcher."""
     words = [str(word) for word in arguments]
+    program = [options.trainer]
+    if fault:
+        program = ["env", f"LD_PRELOAD={options.fault_library}", f"REGROUP_FAULT={fault}", options.trainer]
     if options.device != "cpu" and {"--pretrain", "--uptrain", "--evaluate"}.intersection(words):
         words += ["--device", options.device]
     if ranks == 1:
-        return [options.trainer, *words]
-    return [*shlex.split(options.mpiexec), "-n", str(ranks), options.trainer, *words]
+        return [*program, *words]
+    return [*shlex.split(options.mpiexec), "-n", str(ranks), *program, *words]
 
 
 def children(pid):
@@ -158,13 +162,13 @@ def exists(pid):
 class Job:
     """A job under way, in a process group of its own; a context manager that leaves nothing behind."""
 
-    def __init__(self, arguments, ranks=2, cwd=None):
+    def __init__(self, arguments, ranks=2, cwd=None, fault=None):
         self.ranks = ranks
         self.begin = time.monotonic()
         self.stdout = tempfile.TemporaryFile()
         self.stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            command_of(arguments, ranks), stdin=subprocess.DEVNULL, stdout=self.stdout, stderr=self.stderr,
+            command_of(arguments, ranks, fault), stdin=subprocess.DEVNULL, stdout=self.stdout, stderr=self.stderr,
             env={**ENVIRONMENT, **os.environ}, cwd=cwd, start_new_session=True)
         self.seen = set()
 
@@ -273,10 +277,10 @@ def saved_steps(run_folder):
 
 
 def unfinished(run_folder):
-    """Names among the checkpoints that only a save (or removal) under way may have."""
+    """Names among the checkpoints that only a save (or removal) under way may have; not what was set aside."""
     try:
         return sorted(name for name in os.listdir(Path(run_folder) / "checkpoints")
-                      if name != "latest" and not re.fullmatch(r"step-\d{8,}", name))
+                      if name != "latest" and not re.fullmatch(r"step-\d{8,}(\.damaged)?", name))
     except FileNotFoundError:
         return []
 
@@ -365,6 +369,7 @@ def main():
     parser.add_argument("--trainer", required=True, type=os.path.abspath)
     parser.add_argument("--mpiexec", default=options.mpiexec, help="the launcher and its flags, as one word")
     parser.add_argument("--device", default=options.device, help="that training and evaluation run on")
+    parser.add_argument("--fault-library", type=os.path.abspath, help="regroup_fault_preload, for the fault test")
     parser.add_argument("--kills", type=int, default=options.kills, help="of the resume test")
     parser.add_argument("--seed", type=int, default=options.seed, help="of the moments of the kills")
     _, left = parser.parse_known_args(namespace=options)

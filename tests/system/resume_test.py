@@ -21,22 +21,24 @@ LAYOUTS = {"dp2": ["--tensor-parallel", 1], "tp2": ["--tensor-parallel", 2]}
 class Reference:
     """An uninterrupted run that keeps every checkpoint."""
 
-    def __init__(self, test, folder, layout):
+    def __init__(self, test, folder, layout, *changes):
         self.run = folder / f"reference-{layout}"
-        self.command = ["--pretrain", "--corpus", test.corpus, *TRAINING, *LAYOUTS[layout]]
-        outcome = harness.run([*self.command, "--run", self.run, "--keep-every", SAVE_EVERY])
+        self.command = harness.changed(["--pretrain", "--corpus", test.corpus, *TRAINING, *LAYOUTS[layout]], *changes)
+        outcome = harness.run([*self.command, "--run", self.run, "--keep-every", 1])
         if outcome.code != 0:
             raise AssertionError(f"the uninterrupted run failed: {outcome}")
         self.seconds = outcome.seconds
         self.steps = {step: harness.tree(step_directory(self.run, step)) for step in harness.saved_steps(self.run)}
+        self.last = max(self.steps)
 
 
 class InterruptedRun(SystemTest):
     references = {}
+    changes = ()  # of the command
 
     def reference(self, layout):
         if layout not in self.references:
-            self.references[layout] = Reference(self, self.home, layout)
+            self.references[layout] = Reference(self, self.home, layout, *self.changes)
         return self.references[layout]
 
     @classmethod
@@ -53,11 +55,11 @@ class InterruptedRun(SystemTest):
     def assert_same_run(self, run, reference):
         """The run ended as if nothing had happened to it."""
         self.assert_complete(run)
-        self.assertIn(STEPS, harness.saved_steps(run))
+        self.assertIn(reference.last, harness.saved_steps(run))
         self.assertTrue((run / "loss.svg").is_file())
         for file in ("model.safetensors", "optimizer.safetensors"):
-            self.assertEqual(harness.digest(step_directory(run, STEPS) / file),
-                             harness.digest(step_directory(reference.run, STEPS) / file), file)
+            self.assertEqual(harness.digest(step_directory(run, reference.last) / file),
+                             harness.digest(step_directory(reference.run, reference.last) / file), file)
         for kind in ("train", "evaluation"):
             self.assertEqual(harness.metrics(run, kind), harness.metrics(reference.run, kind))
 

@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Faults at chosen moments: whatever dies or is damaged, no checkpoint is lost and the run ends with the same bits.
+
+Ranks meet their faults through regroup_fault_preload (tests/support/fault_preload.cpp, which says what a fault is).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import unittest
+
+import harness
+from harness import changed, step_directory
+from resume_test import SAVE_EVERY, STEPS, InterruptedRun
+
+# Starts that come to no new checkpoint are what this is about.
+UNLIMITED = []
+SYNCHRONOUS = []
+
+
+class FaultTest(InterruptedRun):
+    def begin(self, layout, *more):
+        """A fresh run of the layout's reference."""
+        self.run_folder = self.folder / "run"
+        self.whole = self.reference(layout)
+        self.command = [*self.whole.command, *UNLIMITED, *more, "--run", self.run_folder]
+
+    def next_step(self):
+        """The step of the next save."""
+        return max(harness.saved_steps(self.run_folder), default=0) + SAVE_EVERY
+
+    def meet(self, fault):
+        """A job that a fault ends, within seconds; the checkpoints that were there still are, or are newer."""
+        before = harness.saved_steps(self.run_folder)
+        with harness.Job(self.command, fault=fault.format(step=f"step-{self.next_step():08}")) as job:
+            outcome = job.finish(harness.SECONDS_TO_FAIL)
+        self.assertNotIn("REGROUP_FAULT=", outcome.stderr)
+        self.assertNotEqual(outcome.code, 0, f"{fault} did not happen:\n{outcome}")
+        if before:
+            self.assertGreaterEqual(max(harness.saved_steps(self.run_folder), default=0), max(before))
+        self.assert_steps_intact(self.run_folder, self.whole)
+        return outcome
+
+    def complete(self):
+        outcome = self.train(self.command)
+        self.assert_same_run(self.run_folder, self.whole)
+        return outcome
+
+
+class KillTest(FaultTest):
+    """kill -9 of a rank; the next job goes on where the last one ended."""
+
+    def kill(self, *faults):
+        for fault in faults:
+            with self.subTest(fault):
+                outcome = self.meet(f"kill@{fault}")
+                rank = re.search(r"rank=(\d)", fault).group(1)
+                self.assertRegex(outcome.stderr, rf"rank {rank} .*exited on signal 9")
+        self.complete()
+
+
+class TrainingTest(KillTest):
+    """In each phase of a step."""
+
+    changes = ("--steps", 240, "--save-every", 10)
+
+    def test_data_parallel(self):
+        # Between its reductions a step is forward and backward alone: the first third of its matmuls and the rest.
+        self.begin("dp2")
+        self.kill("open,rank=1,path=manifest.json",                      # at the start
+                  "dnnl_primitive_execute:1,rank=1,after=MPI_Allreduce:60",   # a batch has come
+                  "dnnl_primitive_execute:6,rank=0,after=MPI_Allreduce:70",   # forward
+                  "dnnl_primitive_execute:25,rank=1,after=MPI_Allreduce:80",  # backward
+                  "MPI_Allreduce:60,rank=0",                                  # reductions
+                  "MPI_Allreduce-after:61,rank=1")
+
+    def test_tensor_parallel(self):
+        # Reductions are within forward and backward.
+        self.begin("tp2")
+        self.kill("MPI_Allreduce:100,rank=0", "MPI_Allreduce-after:111,rank=1",
+                  "dnnl_primitive_execute:30,rank=0,after=MPI_Allreduce:122")
+
+
+class SaveTest(KillTest):
+    """In each phase of a save, which rank 0 begins and ends and all ranks write."""
+
+    def test_data_parallel(self):
+        self.begin("dp2")
+        self.kill(r"mkdir,rank=0,path={step}\.partial",
+                  r"mkdir-after,rank=0,path={step}\.partial",
+                  r"open:3,rank=0,path={step}\.partial/",
+                  r"pwrite:1,rank=0,path={step}\.partial/",
+                  r"pwrite-after:1,rank=1,path={step}\.partial/",
+                  r"fdatasync:1,rank=0,path={step}\.partial/",
+                  r"fdatasync-after:1,rank=1,path={step}\.partial/",
+                  r"write:1,rank=0,path={step}\.partial/trainer\.json",
+                  r"fsync:1,rank=0,path={step}\.partial$",
+                  r"rename,rank=0,path=/{step}$",
+                  r"rename-after,rank=0,path=/{step}$",
+                  r"rename,rank=0,path=/latest$")
+        self.assertEqual((self.run_folder / "checkpoints" / "latest").read_text().strip(),
+                         step_directory(self.run_folder, STEPS).name)
+
+    def test_removal_of_old_steps(self):
+        self.begin("dp2")
+        self.kill(r"rename-after:2,rank=0,path=/latest$", r"rename,rank=0,path=\.deleting$",
+                  r"rename-after,rank=0,path=\.deleting$")
+
+    def test_tensor_parallel(self):
+        self.begin("tp2")
+        self.kill("MPI_Alltoallv:1,rank=0", "MPI_Alltoallv-after:1,rank=1",
+                  r"pwrite:1,rank=1,path={step}\.partial/", r"rename,rank=0,path=/{step}$")
+
+    def test_synchronous(self):
+        self.begin("tp2", *SYNCHRONOUS)
+        self.kill(r"pwrite:1,rank=0,path={step}\.partial/", r"pwrite-after:1,rank=1,path={step}\.partial/",
+                  r"rename,rank=0,path=/{step}$", r"rename-after,rank=0,path=/{step}$")
+
+
+class DiskTest(FaultTest):
+    """A disk that refuses during a save: one line, and what was saved stays."""
+
+    def refused(self, fault, pattern, codes=(harness.USER_ERROR,)):
+        with self.subTest(fault):
+            outcome = self.meet(fault)
+            self.assertIn(outcome.code, codes, outcome)
+            self.assert_refused(outcome, pattern, code=outcome.code)
+            self.assert_complete(self.run_folder)
+
+    def test_full(self):
+        self.begin("dp2")
+        full = "No space left on device"
+        for fault in (r"mkdir,path={step}\.partial", r"open,path={step}\.partial/", r"fallocate,path={step}\.partial/",
+                      r"pwrite:1,path={step}\.partial/", r"fdatasync:1,path={step}\.partial/",
+                      r"write:1,path={step}\.partial/trainer\.json", r"rename,path=/{step}$"):
+            self.refused(f"ENOSPC@{fault}", full)
+            self.begin_next()
+        self.complete()
+
+    def begin_next(self):
+        """One good save in between: the fault meets another step each time."""
+        steps = self.next_step()
+        if steps < STEPS:
+            self.meet(r"kill@rename-after,rank=0,path=/{step}$")
+
+    def test_input_output_error(self):
+        self.begin("tp2")
+        for fault in (r"pwrite:1,rank=1,path={step}\.partial/", r"fdatasync:1,rank=1,path={step}\.partial/",
+                      r"fsync:1,path={step}\.partial", r"pwrite:1,rank=0,path={step}\.partial/"):
+            self.refused(f"EIO@{fault}", r"Input/output error", codes=(1, harness.USER_ERROR))
+        self.complete()
+
+    def test_full_in_a_synchronous_save(self):
+        self.begin("dp2", *SYNCHRONOUS)
+        self.refused(r"ENOSPC@pwrite:1,path={step}\.partial/", "No space left on device")
+        self.complete()
+
+    def test_becomes_read_only(self):
+        self.begin("dp2")
+        self.refused(r"EROFS@mkdir,path={step}\.partial", "Read-only file system")
+        self.complete()
+
+    def test_small_disk(self):
+        """A file system of its own, which two checkpoints fill."""
+        disk = self.folder / "disk"
+        disk.mkdir()
+        self.begin("dp2")
+        size = sum(path.stat().st_size for path in step_directory(self.whole.run, STEPS).iterdir())
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2 + 2**20}", "tmpfs", disk],
+                                 capture_output=True)
+        if mounted.returncode != 0:
+            self.skipTest(f"no file system may be mounted here: {mounted.stderr.decode().strip()}")
+        self.addCleanup(subprocess.run, ["umount", disk])
+        self.run_folder = disk / "run"
+        self.command = changed(self.command, "--run", self.run_folder)
+        outcome = harness.run([*self.command, "--keep-every", SAVE_EVERY], seconds=harness.SECONDS_TO_FAIL)
+        self.assert_refused(outcome, "cannot write .*: No space left on device")
+        self.assertEqual(harness.saved_steps(self.run_folder), [SAVE_EVERY, 2 * SAVE_EVERY])
+        self.assert_steps_intact(self.run_folder, self.whole)
+        subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+        self.complete()
+
+
+class DamageTest(FaultTest):
+    """The newest checkpoint is damaged: it is set aside, and the one before it is used."""
+
+    FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.model", "trainer.json")
+    NEWEST, OLDER = STEPS - SAVE_EVERY, STEPS - 2 * SAVE_EVERY
+
+    def begin(self, layout, *more):
+        """A run that was stopped some steps before its end, with two checkpoints."""
+        super().begin(layout, *more)
+        shutil.rmtree(self.run_folder, ignore_errors=True)
+        shutil.copytree(self.whole.run, self.run_folder)
+        for step in harness.saved_steps(self.run_folder):
+            if step not in (self.NEWEST, self.OLDER):
+                shutil.rmtree(step_directory(self.run_folder, step))
+        (self.run_folder / "checkpoints" / "latest").write_text(f"step-{self.NEWEST:08}\n")
+        (self.run_folder / "loss.svg").unlink()
+
+    def damage(self, step, name, how):
+        file = step_directory(self.run_folder, step) / name
+        content = bytearray(file.read_bytes())
+        if how == "flipped":
+            content[len(content) // 2] ^= 4
+        elif how == "truncated":
+            del content[len(content) // 2:]
+        if how == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(content)
+
+    def check(self, name, how, layout="dp2"):
+        with self.subTest(f"{name} {how}"):
+            self.begin(layout)
+            self.damage(self.NEWEST, name, how)
+            damaged = harness.tree(step_directory(self.run_folder, self.NEWEST))
+            outcome = self.complete()
+            aside = step_directory(self.run_folder, self.NEWEST).with_suffix(".damaged")
+            told = [text for _, text in outcome.messages if f"{aside.stem}/{name}" in text]
+            self.assertEqual(len(told), 1, outcome)
+            self.assertIn(aside.name, told[0])
+            self.assertRegex(outcome.stderr, rf"resuming .* at step {self.OLDER}")
+            self.assertEqual(harness.tree(aside), damaged, "what was damaged is kept as it was")
+
+    def test_flipped_bit(self):
+        for name in self.FILES:
+            self.check(name, "flipped")
+
+    def test_truncated(self):
+        for name in self.FILES:
+            self.check(name, "truncated", "tp2")
+
+    def test_missing(self):
+        for name in self.FILES:
+            self.check(name, "missing")
+
+    def test_nothing_intact_is_left(self):
+        self.begin("dp2")
+        for step in (self.NEWEST, self.OLDER):
+            self.damage(step, "model.safetensors", "flipped")
+        before = sorted(harness.tree(self.run_folder / "checkpoints").values())
+        outcome = harness.run(self.command, seconds=harness.SECONDS_TO_FAIL)
+        self.assertEqual(outcome.code, harness.USER_ERROR, outcome)
+        self.assertRegex(outcome.messages[-1][1], "checkpoint")
+        self.assertEqual(sorted(harness.tree(self.run_folder / "checkpoints").values()), before, "nothing is lost")
+
+
+class OneJobTest(FaultTest):
+    def test_second_job_is_refused(self):
+        self.begin("dp2")
+        endless = changed(self.command, "--steps", 10**6, "--evaluate-every", 0)
+        with harness.Job(endless) as first:
+            self.assertTrue(first.wait_for(lambda: harness.size_of(self.run_folder / "metrics.jsonl") > 0))
+            second = harness.run(endless, seconds=harness.SECONDS_TO_FAIL)
+            self.assert_refused(second, r"run/\.lock is held by another job.*--run")
+            self.assertFalse(first.over())
+            steps = harness.saved_steps(self.run_folder)
+            self.assertTrue(first.wait_for(lambda: harness.saved_steps(self.run_folder) != steps), "it goes on")
+
+
+if __name__ == "__main__":
+    harness.main()
