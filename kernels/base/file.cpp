@@ -6,7 +6,9 @@
 #include <fcntl.h>
 #include <memory>
 #include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <system_error>
 #include <unistd.h>
 
@@ -33,6 +35,35 @@ class Descriptor {
  private:
   int fd_;
 };
+
+[[noreturn]] void fail_to_write(const std::filesystem::path& path, int code) {
+  switch (code) {
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+    case EROFS:
+    case EACCES:
+    case EPERM:
+    case ENOENT:
+    case ENOTDIR:
+    case EISDIR:
+      throw UserError("cannot write {}: {}", path.string(), std::strerror(code));
+    default:
+      throw SystemError("cannot write {}: {}", path.string(), std::strerror(code));
+  }
+}
+
+// Gives the open file `size` bytes, taken from the disk where the file system can do so. 0 or errno.
+int reserve(int descriptor, std::uint64_t size) {
+  struct statvfs disk {};
+  const bool known = ::fstatvfs(descriptor, &disk) == 0 && disk.f_blocks > 0;
+  if (known && size / disk.f_frsize > disk.f_bavail) return ENOSPC;  // before the disk is filled in vain
+  const auto length = static_cast<off_t>(size);
+  int failure = EINTR;
+  while (failure == EINTR) failure = ::fallocate(descriptor, 0, 0, length) == 0 ? 0 : errno;
+  if (failure == EOPNOTSUPP || failure == ENOSYS) return ::ftruncate(descriptor, length) == 0 ? 0 : errno;
+  return failure;
+}
 
 std::filesystem::path parent_of(const std::filesystem::path& path) {
   return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
@@ -108,6 +139,54 @@ void OutputFile::commit() {
   if (::fsync(descriptor_) != 0) throw UserError("cannot write {}: {}", path_.string(), std::strerror(errno));
   ::close(std::exchange(descriptor_, -1));
   rename_durably(aside_, path_);
+}
+
+SharedOutputFile::SharedOutputFile(std::filesystem::path path) : path_(std::move(path)) {
+  descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+  if (descriptor_ < 0) fail_to_write(path_, errno);
+}
+
+SharedOutputFile::~SharedOutputFile() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+SharedOutputFile::SharedOutputFile(SharedOutputFile&& other) noexcept
+    : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)) {}
+
+void SharedOutputFile::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t put =
+        ::pwrite(descriptor_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) fail_to_write(path_, errno);
+    done += static_cast<std::size_t>(put);
+  }
+  // The disk works while the next part is made; a file system that cannot will do it all in sync().
+  ::sync_file_range(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(bytes.size()),
+                    SYNC_FILE_RANGE_WRITE);
+}
+
+void SharedOutputFile::sync() const {
+  if (::fdatasync(descriptor_) != 0) fail_to_write(path_, errno);
+}
+
+void create_file(const std::filesystem::path& path, std::uint64_t size) {
+  struct rlimit limit {};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && size > limit.rlim_cur) {
+    throw UserError(
+        "cannot write {}: it will have {} bytes and this process may write files of at most {}; raise the "
+        "limit "
+        "(ulimit -f)",
+        path.string(), size, static_cast<std::uint64_t>(limit.rlim_cur));
+  }
+  const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (descriptor < 0) fail_to_write(path, errno);
+  const int failure = size == 0 ? 0 : reserve(descriptor, size);
+  ::close(descriptor);
+  if (failure == 0) return;
+  ::unlink(path.c_str());
+  fail_to_write(path, failure);
 }
 
 FileLock::FileLock(const std::filesystem::path& path)

@@ -54,6 +54,31 @@ class OutputFile {
   int descriptor_ = -1;
 };
 
+// A file that is there already and whose parts several threads or processes write. Move-only. Errors:
+// UserError naming the file where the disk refuses (full, read-only, a limit), SystemError otherwise.
+class SharedOutputFile {
+ public:
+  explicit SharedOutputFile(std::filesystem::path path);
+  ~SharedOutputFile();
+  SharedOutputFile(SharedOutputFile&& other) noexcept;
+  SharedOutputFile& operator=(SharedOutputFile&&) = delete;
+  SharedOutputFile(const SharedOutputFile&) = delete;
+  SharedOutputFile& operator=(const SharedOutputFile&) = delete;
+
+  // Writes `bytes` at `offset` and lets the system begin to bring them to the disk.
+  void write(std::uint64_t offset, std::span<const std::byte> bytes) const;
+  // Returns when everything written is on the disk.
+  void sync() const;
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_ = -1;
+};
+
+// Creates (or truncates) `path` with `size` bytes taken from the disk, where the file system can do so: a
+// full disk, or a limit of the process, is found before anything is written. Errors as SharedOutputFile.
+void create_file(const std::filesystem::path& path, std::uint64_t size);
+
 // An advisory lock on a file (flock), made if need be; held until destruction or the end of the process,
 // however it ends. UserError where another process holds it.
 class FileLock {

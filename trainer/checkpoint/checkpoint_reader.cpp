@@ -12,7 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
-#include "parallel/mpi_file.h"
+#include "trainer/checkpoint/slice_runs.h"
 
 namespace regroup {
 namespace {
@@ -101,37 +101,38 @@ bool is_floating(StoredType type) {
          type == StoredType::kBF16;
 }
 
-// Reads `block` (memory not set) of elements of `type` and converts them into `out`, a few rows of dimension
-// 0 at a time so that little is staged.
-void read_converted(const std::filesystem::path& file, const FileBlock& block, StoredType type,
+// Reads elements of `type` and converts them into `out`, a few MiB at a time so that little is staged.
+void read_converted(const InputFile& file, std::uint64_t begin, const SliceRuns& runs, StoredType type,
                     const Tensor& out) {
-  constexpr index_t kStagedBytes = index_t{4} << 20;
-  const index_t row_bytes =
-      std::accumulate(block.shape.begin() + 1, block.shape.end(), block.element_bytes, std::multiplies<>());
-  const bool by_rows = block.dim == 0;
-  const index_t first = by_rows ? block.begin : 0;
-  const index_t rows = (by_rows ? block.end : block.shape[0]) - first;
-  if (rows == 0 || out.numel() == 0) return;
-  const index_t row_elements = out.numel() / rows;
-  const index_t step = std::clamp<index_t>(kStagedBytes / (row_elements * block.element_bytes), 1, rows);
-  std::vector<std::byte> staged(static_cast<std::size_t>(step * row_elements * block.element_bytes));
-  for (index_t row = 0; row < rows; row += step) {
-    const index_t count = std::min(step, rows - row);
-    FileBlock part = block;
-    part.offset += static_cast<std::uint64_t>((first + row) * row_bytes);
-    part.shape[0] = count;
-    if (by_rows) {
-      part.begin = 0;
-      part.end = count;
-    }
-    part.memory = staged.data();
-    read_blocks(file, {part});
-    const index_t at = row * row_elements;
+  constexpr std::uint64_t kStaged = std::uint64_t{4} << 20;
+  const auto width = static_cast<std::uint64_t>(size_of(type));
+  std::vector<std::byte> staged;
+  index_t at = 0;
+  const auto convert_part = [&](std::uint64_t offset, const SliceRuns& part) {
+    staged.resize(part.count * part.bytes);
+    read_runs(file, offset, part, staged.data());
+    const auto count = static_cast<index_t>(staged.size() / width);
     if (out.dtype == DType::kFloat64) {
-      convert(type, staged.data(), count * row_elements, out.as<double>() + at);
+      convert(type, staged.data(), count, out.as<double>() + at);
     } else {
-      convert(type, staged.data(), count * row_elements, out.as<float>() + at);
+      convert(type, staged.data(), count, out.as<float>() + at);
     }
+    at += count;
+  };
+  if (runs.bytes >= kStaged) {
+    runs.for_each_within(0, runs.count * runs.stride, [&](std::uint64_t from, std::uint64_t bytes) {
+      for (std::uint64_t done = 0; done < bytes; done += kStaged) {
+        const std::uint64_t part = std::min(kStaged, bytes - done);
+        convert_part(begin + from + done, {.offset = 0, .count = 1, .bytes = part, .stride = part});
+      }
+    });
+    return;
+  }
+  const std::uint64_t together = std::max<std::uint64_t>(1, kStaged / std::max<std::uint64_t>(1, runs.bytes));
+  for (std::uint64_t run = 0; run < runs.count; run += together) {
+    SliceRuns part = runs;
+    part.count = std::min(together, runs.count - run);
+    convert_part(begin + run * runs.stride, part);
   }
 }
 
@@ -308,17 +309,12 @@ void CheckpointReader::read(const std::string& name, int dim, index_t begin, ind
   check(out.dtype == DType::kFloat32 || out.dtype == DType::kFloat64, "'{}' is read into {}", name,
         out.describe());
   if (count == 0) return;
-  FileBlock block = {.offset = stored.begin,
-                     .shape = rows,
-                     .element_bytes = size_of(stored.type),
-                     .dim = dim,
-                     .begin = begin,
-                     .end = end,
-                     .memory = static_cast<std::byte*>(out.data)};
+  const InputFile opened(file);
+  const SliceRuns runs = runs_of(rows, size_of(stored.type), dim, begin, end);
   if (stored.type == stored_type(out.dtype)) {
-    read_blocks(file, {block});
+    read_runs(opened, stored.begin, runs, static_cast<std::byte*>(out.data));
   } else {
-    read_converted(file, block, stored.type, out);
+    read_converted(opened, stored.begin, runs, stored.type, out);
   }
 }
 

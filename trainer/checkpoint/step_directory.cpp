@@ -15,7 +15,7 @@ constexpr const char* kStateFile = "trainer.json";
 constexpr const char* kLatestFile = "latest";
 constexpr const char* kPartial = ".partial";
 constexpr const char* kDeleting = ".deleting";
-constexpr std::uint64_t kChecksumBlock = std::uint64_t{4} << 20;
+constexpr const char* kDamaged = ".damaged";
 
 std::string name_of_step(index_t step) { return fmt::format("step-{:08}", step); }
 
@@ -64,6 +64,17 @@ std::vector<std::string> names_in(const std::filesystem::path& directory) {
   return names;
 }
 
+// The complete steps in a directory, ascending.
+std::vector<index_t> steps_in(const std::filesystem::path& directory) {
+  std::vector<index_t> found;
+  for (const std::string& name : names_in(directory)) {
+    const auto step = step_of(name);
+    if (step && std::filesystem::is_directory(directory / name)) found.push_back(*step);
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
 // Rank 0's answer, on every rank; its error, on every rank.
 template <class Work>
 nlohmann::json ask_root(const ProcessGroup& group, Work&& work) {
@@ -75,6 +86,10 @@ nlohmann::json ask_root(const ProcessGroup& group, Work&& work) {
 // Whether every entry of "files" is {plain name: {"bytes": count, "checksum": text}}.
 bool lists_files(const nlohmann::json& state) {
   if (!state.contains("files") || !state["files"].is_object()) return false;
+  if (state.contains("block_bytes") &&
+      (!state["block_bytes"].is_number_unsigned() || state["block_bytes"].get<std::uint64_t>() == 0)) {
+    return false;
+  }
   for (const auto& [name, entry] : state["files"].items()) {
     const bool sound = entry.is_object() && entry.contains("bytes") && entry["bytes"].is_number_unsigned() &&
                        entry.contains("checksum") && entry["checksum"].is_string();
@@ -83,43 +98,65 @@ bool lists_files(const nlohmann::json& state) {
   return true;
 }
 
-nlohmann::json parse_state(const std::filesystem::path& file) {
+// A step as its trainer.json describes it, or what is wrong with that file.
+struct StepRecord {
+  nlohmann::json state;
+  std::string damage;
+};
+
+StepRecord read_record(const std::filesystem::path& directory) {
   constexpr std::uint64_t kLimit = std::uint64_t{1} << 26;
+  const std::filesystem::path file = directory / kStateFile;
+  if (!std::filesystem::exists(file)) return {.damage = fmt::format("{} is missing", file.string())};
   const std::string text = read_text(file, kLimit);
   auto state = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   const bool intact = state.is_object() && lists_files(state) && state.contains("checksum") &&
                       state["checksum"] == own_checksum(state) && text == text_of(state);
-  if (!intact) {
-    throw UserError("{} is damaged; remove {} to go on from an earlier checkpoint", file.string(),
-                    file.parent_path().string());
-  }
-  return state;
+  if (!intact) return {.damage = fmt::format("{} is damaged", file.string())};
+  return {.state = std::move(state)};
 }
 
-// Whether each of the files that `state` lists is there and has its size.
-void check_sizes(const std::filesystem::path& directory, const nlohmann::json& state) {
+// Which of the files that `state` lists is not there or does not have its size, if one is so.
+std::string wrong_size(const std::filesystem::path& directory, const nlohmann::json& state) {
   for (const auto& [name, entry] : state["files"].items()) {
     const auto path = directory / name;
     const auto expected = entry.at("bytes").get<std::uint64_t>();
     std::error_code error;
     const auto found = std::filesystem::file_size(path, error);
-    if (error) {
-      throw UserError("{} is missing ({}); remove {} to go on from an earlier checkpoint", path.string(),
-                      error.message(), directory.string());
-    }
+    if (error == std::errc::no_such_file_or_directory) return fmt::format("{} is missing", path.string());
+    if (error) throw SystemError("cannot look at {}: {}", path.string(), error.message());
     if (found != expected) {
-      throw UserError(
-          "{} is damaged: it has {} bytes, not the {} that were written; remove {} to go on from an earlier "
-          "checkpoint",
-          path.string(), found, expected, directory.string());
+      return fmt::format("{} is damaged: it has {} bytes, not the {} that were written", path.string(), found,
+                         expected);
     }
   }
+  return "";
+}
+
+[[noreturn]] void refuse(const std::string& damage, const std::filesystem::path& directory) {
+  throw UserError("{}; remove {} to go on from an earlier checkpoint", damage, directory.string());
+}
+
+// The checksum of a file that has these bytes.
+std::uint64_t tree_checksum(std::span<const std::byte> bytes, std::uint64_t block_bytes) {
+  std::vector<std::uint64_t> blocks;
+  for (std::size_t begin = 0; begin < bytes.size(); begin += block_bytes) {
+    blocks.push_back(
+        checksum(bytes.subspan(begin, std::min<std::size_t>(block_bytes, bytes.size() - begin))));
+  }
+  return checksum(std::as_bytes(std::span(blocks)));
+}
+
+// Of a name like step-00012000.partial that only `ending` makes different from a step's.
+bool is_step_with(const std::string& name, std::string_view ending) {
+  return name.ends_with(ending) && step_of(name.substr(0, name.size() - ending.size())).has_value();
 }
 
 }  // namespace
 
 std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
-                                          const std::vector<std::filesystem::path>& files) {
+                                          const std::vector<std::filesystem::path>& files,
+                                          std::uint64_t block_bytes) {
   const std::vector<std::uint64_t> sizes = ask_root(group, [&] {
     std::vector<std::uint64_t> found;
     found.reserve(files.size());
@@ -134,9 +171,10 @@ std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
     std::uint64_t number = 0;  // of a block, through all files
     for (std::size_t f = 0; f < files.size(); ++f) {
       const InputFile file(files[f]);
-      for (std::uint64_t offset = 0; offset < sizes[f]; offset += kChecksumBlock) {
+      for (std::uint64_t offset = 0; offset < sizes[f]; offset += block_bytes) {
         if (number++ % ranks != me) continue;
-        block.resize(std::min(kChecksumBlock, sizes[f] - offset));
+        group.heartbeat().beat("checking a checkpoint");
+        block.resize(std::min(block_bytes, sizes[f] - offset));
         file.read(offset, block);
         mine.push_back(checksum(block));
       }
@@ -147,7 +185,7 @@ std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
   std::uint64_t number = 0;
   for (const std::uint64_t size : sizes) {
     std::vector<std::uint64_t> of_file;
-    for (std::uint64_t offset = 0; offset < size; offset += kChecksumBlock, ++number) {
+    for (std::uint64_t offset = 0; offset < size; offset += block_bytes, ++number) {
       of_file.push_back(blocks[number % ranks][number / ranks]);
     }
     result.push_back(checksum(std::as_bytes(std::span(of_file))));
@@ -155,59 +193,44 @@ std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
   return result;
 }
 
-PendingStep::PendingStep(ProcessGroup group, std::filesystem::path path, std::filesystem::path final_path)
-    : group_(std::move(group)), path_(std::move(path)), final_path_(std::move(final_path)) {}
+PendingStep::PendingStep(std::filesystem::path path, std::filesystem::path final_path)
+    : path_(std::move(path)), final_path_(std::move(final_path)) {}
 
 PendingStep::PendingStep(PendingStep&& other) noexcept
-    : group_(std::move(other.group_)),
-      path_(std::exchange(other.path_, {})),
-      final_path_(std::move(other.final_path_)) {}
+    : path_(std::exchange(other.path_, {})),
+      final_path_(std::move(other.final_path_)),
+      texts_(std::move(other.texts_)) {}
 
 PendingStep::~PendingStep() {
-  if (path_.empty() || group_.rank() != 0) return;
+  if (path_.empty()) return;
   std::error_code ignored;  // what cannot be removed now, the next job's prepare() removes
   std::filesystem::remove_all(path_, ignored);
 }
 
-void PendingStep::write_text(const std::string& name, std::string_view text) const {
-  group_.run_on(0, [&] { regroup::write_text(path_ / name, text); });
+void PendingStep::write_text(const std::string& name, std::string_view text) {
+  regroup::write_text(path_ / name, text);
+  texts_[name] = text;
 }
 
-void PendingStep::copy_file(const std::string& name, const std::filesystem::path& source) const {
-  group_.run_on(0, [&] {
-    std::error_code error;
-    std::filesystem::copy_file(source, path_ / name, error);
-    if (error) {
-      throw UserError("cannot copy {} to {}: {}", source.string(), (path_ / name).string(), error.message());
-    }
-  });
-}
-
-void PendingStep::commit(nlohmann::json state) {
+void PendingStep::commit(nlohmann::json state, std::map<std::string, FileRecord> files,
+                         std::uint64_t block_bytes) {
   check(!path_.empty() && state.is_object(),
         "a checkpoint is committed twice, or its state is not an object");
-  group_.barrier();
-  const std::vector<std::string> names = ask_root(group_, [&] { return names_in(path_); });
-  std::vector<std::filesystem::path> files;
-  files.reserve(names.size());
-  for (const std::string& name : names) files.push_back(path_ / name);
-  const auto checksums = tree_checksums(group_, files);
-  group_.run_on(0, [&] {
-    state["files"] = nlohmann::json::object();
-    for (std::size_t i = 0; i < names.size(); ++i) {
-      state["files"][names[i]] = {{"bytes", std::filesystem::file_size(files[i])},
-                                  {"checksum", hexadecimal(checksums[i])}};
-    }
-    state["checksum"] = own_checksum(state);
-    for (const auto& file : files) sync_to_disk(file);
-    regroup::write_text(path_ / kStateFile, text_of(state));
-    sync_to_disk(path_);
-    rename_durably(path_, final_path_);
-  });
+  for (const auto& [name, text] : texts_) {
+    const auto bytes = std::as_bytes(std::span(text.data(), text.size()));
+    files[name] = {.bytes = text.size(), .checksum = tree_checksum(bytes, block_bytes)};
+  }
+  state["block_bytes"] = block_bytes;
+  state["files"] = nlohmann::json::object();
+  for (const auto& [name, record] : files) {
+    state["files"][name] = {{"bytes", record.bytes}, {"checksum", hexadecimal(record.checksum)}};
+  }
+  state["checksum"] = own_checksum(state);
+  regroup::write_text(path_ / kStateFile, text_of(state));
+  sync_to_disk(path_);
+  rename_durably(path_, final_path_);
   path_.clear();
-  group_.run_on(0, [&] {
-    regroup::write_text(final_path_.parent_path() / kLatestFile, final_path_.filename().string() + "\n");
-  });
+  regroup::write_text(final_path_.parent_path() / kLatestFile, final_path_.filename().string() + "\n");
 }
 
 CheckpointStore::CheckpointStore(ProcessGroup group, std::filesystem::path run_directory)
@@ -225,15 +248,7 @@ void CheckpointStore::prepare() const {
 }
 
 std::vector<index_t> CheckpointStore::steps() const {
-  return ask_root(group_, [&] {
-    std::vector<index_t> found;
-    for (const std::string& name : names_in(directory_)) {
-      const auto step = step_of(name);
-      if (step && std::filesystem::is_directory(directory_ / name)) found.push_back(*step);
-    }
-    std::sort(found.begin(), found.end());
-    return found;
-  });
+  return ask_root(group_, [&] { return steps_in(directory_); });
 }
 
 std::optional<index_t> CheckpointStore::latest() const {
@@ -241,30 +256,55 @@ std::optional<index_t> CheckpointStore::latest() const {
   return all.empty() ? std::nullopt : std::optional(all.back());
 }
 
+std::vector<std::string> CheckpointStore::damaged() const {
+  return ask_root(group_, [&] {
+    std::vector<std::string> names = names_in(directory_);
+    std::erase_if(names, [](const std::string& name) { return !is_step_with(name, kDamaged); });
+    return names;
+  });
+}
+
 std::filesystem::path CheckpointStore::path_of(index_t step) const { return directory_ / name_of_step(step); }
 
-PendingStep CheckpointStore::begin(index_t step) const {
+std::filesystem::path CheckpointStore::partial_path_of(index_t step) const {
+  return directory_ / (name_of_step(step) + kPartial);
+}
+
+PendingStep CheckpointStore::create(index_t step) const {
   check(step >= 0, "a checkpoint of step {}", step);
-  const auto final_path = path_of(step);
-  auto path = final_path;
-  path += kPartial;
+  if (std::filesystem::exists(path_of(step))) {
+    throw UserError("{} exists already; choose another run directory, or remove it", path_of(step).string());
+  }
+  const std::filesystem::path path = partial_path_of(step);
+  remove_tree(path);
+  regroup::create_directories(path);
+  return PendingStep(path, path_of(step));
+}
+
+void CheckpointStore::set_aside(index_t step) const {
   group_.run_on(0, [&] {
-    if (std::filesystem::exists(final_path)) {
-      throw UserError("{} exists already; choose another run directory, or remove it", final_path.string());
-    }
-    remove_tree(path);
-    regroup::create_directories(path);
+    const std::filesystem::path aside = directory_ / (name_of_step(step) + kDamaged);
+    remove_tree(aside);
+    rename_durably(path_of(step), aside);
   });
-  return PendingStep(group_, path, final_path);
 }
 
 nlohmann::json step_state(const ProcessGroup& group, const std::filesystem::path& directory) {
-  return ask_root(group, [&] { return parse_state(directory / kStateFile); });
+  return ask_root(group, [&] {
+    StepRecord record = read_record(directory);
+    if (!record.damage.empty()) refuse(record.damage, directory);
+    return record.state;
+  });
 }
 
-void verify_step(const ProcessGroup& group, const std::filesystem::path& directory, Verification extent) {
-  const auto known = step_state(group, directory);
-  group.run_on(0, [&] { check_sizes(directory, known); });
+std::optional<std::string> find_damage(const ProcessGroup& group, const std::filesystem::path& directory,
+                                       Verification extent) {
+  const nlohmann::json known = ask_root(group, [&] {
+    StepRecord record = read_record(directory);
+    if (record.damage.empty()) record.damage = wrong_size(directory, record.state);
+    return record.damage.empty() ? record.state : nlohmann::json(record.damage);
+  });
+  if (known.is_string()) return known.get<std::string>();
   std::vector<std::filesystem::path> files;
   std::vector<std::string> expected;
   for (const auto& [name, entry] : known["files"].items()) {
@@ -272,35 +312,35 @@ void verify_step(const ProcessGroup& group, const std::filesystem::path& directo
     files.push_back(directory / name);
     expected.push_back(entry.at("checksum").get<std::string>());
   }
-  const auto found = tree_checksums(group, files);
-  group.run_together([&] {
-    for (std::size_t i = 0; i < files.size(); ++i) {
-      if (hexadecimal(found[i]) == expected[i]) continue;
-      throw UserError(
-          "{} is damaged: its checksum is {}, not {}; remove {} to go on from an earlier checkpoint",
-          files[i].string(), hexadecimal(found[i]), expected[i], directory.string());
-    }
-  });
+  const auto found = tree_checksums(group, files, known.value("block_bytes", kChecksumBlock));
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    if (hexadecimal(found[i]) == expected[i]) continue;
+    return fmt::format("{} is damaged: its checksum is {}, not {}", files[i].string(), hexadecimal(found[i]),
+                       expected[i]);
+  }
+  return std::nullopt;
+}
+
+void verify_step(const ProcessGroup& group, const std::filesystem::path& directory, Verification extent) {
+  const std::optional<std::string> damage = find_damage(group, directory, extent);
+  if (!damage) return;
+  group.run_together([&] { refuse(*damage, directory); });
 }
 
 nlohmann::json CheckpointStore::state(index_t step) const { return step_state(group_, path_of(step)); }
 
-void CheckpointStore::verify(index_t step) const { verify_step(group_, path_of(step)); }
-
 void CheckpointStore::prune(index_t keep_last, index_t keep_every) const {
-  const auto all = steps();
+  const std::vector<index_t> all = steps_in(directory_);
   const auto kept = static_cast<std::size_t>(std::max<index_t>(keep_last, 1));
-  group_.run_on(0, [&] {
-    for (std::size_t i = 0; i + kept < all.size(); ++i) {
-      if (keep_every > 0 && all[i] % keep_every == 0) continue;
-      const auto path = path_of(all[i]);
-      auto aside = path;
-      aside += kDeleting;
-      remove_tree(aside);
-      rename_durably(path, aside);
-      remove_tree(aside);
-    }
-  });
+  for (std::size_t i = 0; i + kept < all.size(); ++i) {
+    if (keep_every > 0 && all[i] % keep_every == 0) continue;
+    const auto path = path_of(all[i]);
+    auto aside = path;
+    aside += kDeleting;
+    remove_tree(aside);
+    rename_durably(path, aside);
+    remove_tree(aside);
+  }
 }
 
 }  // namespace regroup

@@ -1,9 +1,13 @@
 // The checkpoints of a run: run/checkpoints/step-00012000/. A directory of such a name is complete: it is
-// filled under another name (.partial), checksummed, flushed to the disk, and renamed; it is removed by
-// renaming it (.deleting) first. A process may be killed at any moment.
+// filled under another name (.partial), flushed to the disk, and renamed; it is removed by renaming it
+// (.deleting) first. A process may be killed at any moment. One that does not match its checksums is set
+// aside
+// (.damaged).
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -16,10 +20,17 @@
 
 namespace regroup {
 
-class CheckpointStore;
+// Checksums are XXH3 of the XXH3s (little-endian) of a file's blocks of this many bytes, so that many ranks
+// can share a file's bytes, writing or reading.
+inline constexpr std::uint64_t kChecksumBlock = std::uint64_t{4} << 20;
 
-// A step directory that is being filled. Without commit(), also where an exception passes, the destructor
-// removes it. Move-only.
+struct FileRecord {
+  std::uint64_t bytes = 0;
+  std::uint64_t checksum = 0;
+};
+
+// A step directory that is being filled, by the one process that has this object, or by others beside it.
+// Without commit(), also where an exception passes, the destructor removes it. Move-only.
 class PendingStep {
  public:
   ~PendingStep();
@@ -30,70 +41,81 @@ class PendingStep {
 
   // Where the files go: run/checkpoints/step-00012000.partial.
   const std::filesystem::path& path() const { return path_; }
-  // Collective; rank 0 writes a small file (config.json), or copies one (tokenizer.model).
-  void write_text(const std::string& name, std::string_view text) const;
-  void copy_file(const std::string& name, const std::filesystem::path& source) const;
-  // Collective: reads every file back to checksum it (the ranks share the bytes), adds {"files": {name:
-  // {"bytes", "checksum"}}, "checksum"} to `state` (an object: step, samples, seed, options, versions),
-  // writes it as trainer.json, flushes, renames to the final name, and then writes `latest`. UserError on
-  // every rank where the disk refuses; the step then does not exist.
-  void commit(nlohmann::json state);
+  // Writes a small file (config.json).
+  void write_text(const std::string& name, std::string_view text);
+  // Adds {"files": {name: {"bytes", "checksum"}}, "block_bytes", "checksum"} to `state` (an object: step,
+  // samples, seed, options, versions), writes it as trainer.json, flushes the directory, renames it to its
+  // final name, and then writes `latest`. `files`: what others have written, and brought to the disk; those
+  // of write_text() are known. UserError where the disk refuses; the step then does not exist.
+  void commit(nlohmann::json state, std::map<std::string, FileRecord> files = {},
+              std::uint64_t block_bytes = kChecksumBlock);
 
  private:
   friend class CheckpointStore;
-  PendingStep(ProcessGroup group, std::filesystem::path path, std::filesystem::path final_path);
+  PendingStep(std::filesystem::path path, std::filesystem::path final_path);
 
-  ProcessGroup group_;
   std::filesystem::path path_;  // empty: committed or moved away
   std::filesystem::path final_path_;
+  std::map<std::string, std::string> texts_;
 };
 
-// All members but path_of() are collective over the group and give every rank the same; rank 0 looks at the
-// file system. Every failure is the same error on every rank.
+// The members that say so are collective over the group and give every rank the same: rank 0 looks at the
+// file system, and every failure is the same error on every rank. The others are for rank 0 alone, on any
+// thread.
 class CheckpointStore {
  public:
   // Uses run_directory/checkpoints. Creates nothing: a run that only reads may have no write access.
   CheckpointStore(ProcessGroup group, std::filesystem::path run_directory);
 
-  // Creates the directory and removes what a killed process left there (.partial, .deleting). Call once
-  // before the first begin(), in the one job that writes to the run.
+  // Collective. Creates the directory and removes what a killed process left there (.partial, .deleting).
+  // Call once before the first create(), in the one job that writes to the run.
   void prepare() const;
 
-  // Complete steps, ascending.
+  // Collective. Complete steps, ascending.
   std::vector<index_t> steps() const;
   std::optional<index_t> latest() const;
-  std::filesystem::path path_of(index_t step) const;  // .../step-00012000
+  // Collective. The names of steps that were set aside.
+  std::vector<std::string> damaged() const;
+  std::filesystem::path path_of(index_t step) const;          // .../step-00012000
+  std::filesystem::path partial_path_of(index_t step) const;  // .../step-00012000.partial
+  const std::filesystem::path& directory() const { return directory_; }
 
-  // An empty directory for this step's files. UserError where the step exists already.
-  PendingStep begin(index_t step) const;
-
-  // What commit() was given (and "files", "checksum"). UserError naming trainer.json where it is missing or
-  // damaged.
-  nlohmann::json state(index_t step) const;
-  // Reads every byte of the step, the ranks sharing the work, and compares checksums. UserError naming the
-  // first damaged, shortened or missing file.
-  void verify(index_t step) const;
-
-  // Removes steps but the newest max(keep_last, 1) and, where keep_every > 0, the multiples of keep_every.
+  // Rank 0. An empty directory for this step's files. UserError where the step exists already.
+  PendingStep create(index_t step) const;
+  // Rank 0. Removes steps but the newest max(keep_last, 1) and, where keep_every > 0, the multiples of
+  // keep_every.
   void prune(index_t keep_last, index_t keep_every) const;
+
+  // Collective. What commit() was given (and what it added). UserError naming trainer.json where it is
+  // missing or damaged.
+  nlohmann::json state(index_t step) const;
+  // Collective. Renames the step to step-00012000.damaged, where a person can look at it and no run will.
+  void set_aside(index_t step) const;
 
  private:
   ProcessGroup group_;
   std::filesystem::path directory_;
 };
 
-// What a step directory's trainer.json says, wherever the directory lies; and the comparison of its files
-// with it. Collective; the same UserError on every rank. CheckpointStore's members of the same name are
-// these.
+// What a step directory's trainer.json says, wherever the directory lies. Collective; the same UserError on
+// every rank.
 nlohmann::json step_state(const ProcessGroup& group, const std::filesystem::path& directory);
+
 // kSmall: every file's size, and the bytes of all but the tensors.
 enum class Verification { kSmall, kAll };
+// Compares a step's files with its trainer.json, the ranks sharing the reading: which file is missing,
+// shortened or changed, if any is. Collective; the same on every rank. An error where a file is there and
+// cannot be read.
+std::optional<std::string> find_damage(const ProcessGroup& group, const std::filesystem::path& directory,
+                                       Verification extent = Verification::kAll);
+// UserError where find_damage() finds some.
 void verify_step(const ProcessGroup& group, const std::filesystem::path& directory,
                  Verification extent = Verification::kAll);
 
-// XXH3 of the XXH3s (little-endian) of the file's 4 MiB blocks, of several files at once. Collective: blocks
-// are dealt to the ranks in turn; every rank gets all the results.
+// The checksums of several files at once. Collective: blocks are dealt to the ranks in turn; every rank gets
+// all the results.
 std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
-                                          const std::vector<std::filesystem::path>& files);
+                                          const std::vector<std::filesystem::path>& files,
+                                          std::uint64_t block_bytes = kChecksumBlock);
 
 }  // namespace regroup

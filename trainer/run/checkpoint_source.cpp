@@ -49,8 +49,10 @@ void load_weights(const ProcessGroup& world, const CheckpointSource& source, Mod
   world.run_together([&] {
     const CheckpointReader reader(source.directory);
     const ConvertingReader converting(reader, source.config, store.config(), options);
-    fill_from_host(runner.backend(), sharded_parameters(store),
-                   [&](const ShardedTensor& tensor) { converting.read(tensor); });
+    fill_from_host(runner.backend(), sharded_parameters(store), [&](const ShardedTensor& tensor) {
+      world.heartbeat().beat("reading the weights");
+      converting.read(tensor);
+    });
   });
   store.refresh_weights();
 }

@@ -138,6 +138,36 @@ SampleOptions heldout_samples(const Options& options) {
   return samples;
 }
 
+nlohmann::json run_identity(const Options& options, const ModelConfig& config, const Corpus& corpus,
+                            const RunLength& length) {
+  const bool uptraining = options.mode == Mode::kUptrain;
+  nlohmann::json all = {{"mode", uptraining ? "uptrain" : "pretrain"},
+                        {"model", nlohmann::json::parse(to_json(config))},
+                        {"seed", options.seed},
+                        {"corpus", fmt::format("{:016x}", corpus.fingerprint())},
+                        {"inputs-length", options.inputs_length},
+                        {"noise-density", options.noise_density},
+                        {"mean-span", options.mean_span},
+                        {"batch-size", options.batch_size},
+                        {"precision", options.precision},
+                        {"optimizer", options.optimizer},
+                        {"schedule", options.schedule},
+                        {"learning-rate", length.schedule.base},
+                        {"warmup", options.warmup},
+                        {"weight-decay", options.weight_decay},
+                        {"scale-by-rms", options.scale_by_rms},
+                        {"max-gradient-norm", options.max_gradient_norm},
+                        {"z-loss", options.z_loss}};
+  if (uptraining) {
+    all["init-from"] = options.init_from.string();
+    all["parent-steps"] = length.first_step;
+    all["pooling"] = options.pooling;
+  }
+  const Schedule::Kind kind = length.schedule.kind;
+  if (kind == Schedule::Kind::kLinear || kind == Schedule::Kind::kCosine) all["steps"] = length.total_steps;
+  return all;
+}
+
 std::vector<ShardedTensor> sharded_parameters(const ParameterStore& store) {
   std::vector<ShardedTensor> result;
   for (std::size_t i = 0; i < store.size(); ++i) {

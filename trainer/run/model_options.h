@@ -43,6 +43,14 @@ ModelRunner::Options runner_options(const Options& options, const Samples& sampl
 SampleOptions training_samples(const Options& options);
 SampleOptions heldout_samples(const Options& options);
 
+// Everything that the numbers of a run are a function of, by option; RunState::identity.
+struct RunLength {
+  Schedule schedule;
+  index_t total_steps = 0, first_step = 0;
+};
+nlohmann::json run_identity(const Options& options, const ModelConfig& config, const Corpus& corpus,
+                            const RunLength& length);
+
 // The store's masters under their public names.
 std::vector<ShardedTensor> sharded_parameters(const ParameterStore& store);
 

@@ -35,21 +35,6 @@ void log_devices(const ProcessGroup& world, const Backend& backend, const Log& l
   if (lines.size() > kMostLines) log.info("... and {} ranks more", lines.size() - kMostLines);
 }
 
-// Bytes a second of sums over the ranks of an axis. Collective.
-double measure_all_reduce(Backend& backend, Communicator& communicator) {
-  constexpr index_t kBytes = index_t{64} << 20;
-  constexpr int kRuns = 3;
-  const Buffer memory = backend.allocate(kBytes);
-  const Tensor x = memory.tensor(DType::kFloat32, {kBytes / size_of(DType::kFloat32)});
-  communicator.all_reduce(x);  // pays for what is set up on first use
-  backend.synchronize();
-  const auto start = std::chrono::steady_clock::now();
-  for (int run = 0; run < kRuns; ++run) communicator.all_reduce(x);
-  backend.synchronize();
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  return static_cast<double>(kRuns * kBytes) / seconds.count();
-}
-
 }  // namespace
 
 RankDevice open_device(const Options& options, const ProcessGroup& world, const Log& log) {
@@ -92,6 +77,20 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
     return make_nccl_communicator(std::move(name), group, backend, nccl);
   };
   return result;
+}
+
+double measure_all_reduce(Backend& backend, Communicator& communicator) {
+  constexpr index_t kBytes = index_t{64} << 20;
+  constexpr int kRuns = 3;
+  const Buffer memory = backend.allocate(kBytes);
+  const Tensor x = memory.tensor(DType::kFloat32, {kBytes / size_of(DType::kFloat32)});
+  communicator.all_reduce(x);  // pays for what is set up on first use
+  backend.synchronize();
+  const auto start = std::chrono::steady_clock::now();
+  for (int run = 0; run < kRuns; ++run) communicator.all_reduce(x);
+  backend.synchronize();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(kRuns * kBytes) / seconds.count();
 }
 
 void log_links(Backend& backend, const Mesh& mesh, const Log& log) {

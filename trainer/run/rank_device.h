@@ -21,6 +21,9 @@ struct RankDevice {
 // every rank where it cannot be.
 RankDevice open_device(const Options& options, const ProcessGroup& world, const Log& log);
 
+// Bytes a second of sums of 64 MiB over the ranks of a communicator, measured. Collective over them.
+double measure_all_reduce(Backend& backend, Communicator& communicator);
+
 // Logs of each axis of several ranks how its tensors travel and how fast: bytes a second of a 64 MiB sum,
 // measured. Collective.
 void log_links(Backend& backend, const Mesh& mesh, const Log& log);

@@ -6,8 +6,9 @@
 #include <exception>
 #include <limits>
 
+#include "kernels/base/file.h"
 #include "kernels/matmul_peak.h"
-#include "trainer/checkpoint/sharded_io.h"
+#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
@@ -28,11 +29,9 @@ double seconds_now() {
 }  // namespace
 
 TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, const Log& log)
-    : options_(options), world_(world), log_(log), checkpoints_(world, options.run) {
+    : options_(options), world_(world), log_(log), directory_(world, options.run, log) {
   world_.run_together([&] { corpus_.emplace(options_.corpus); });
-  find_start();
-  world_.run_together([&] { decide(); });
-  if (source_) verify_checkpoint(world_, *source_);
+  choose_start();
   if (options_.verify_corpus) {
     world_.run_together([&] { corpus_->verify(world_.rank(), world_.size()); });
   }
@@ -42,20 +41,44 @@ TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, cons
   }
 }
 
-void TrainingRun::find_start() {
-  resumed_step_ = checkpoints_.latest();
+// The newest checkpoint whose every byte is intact, or the beginning. What is damaged is set aside on the
+// way.
+void TrainingRun::choose_start() {
+  for (;;) {
+    if (!find_start()) continue;
+    world_.run_together([&] { decide(); });
+    if (!resuming()) break;
+    const std::optional<std::string> damage = find_damage(world_, source_->directory);
+    if (!damage) return;
+    directory_.set_aside(*resumed_step_, *damage);
+  }
+  if (source_) verify_checkpoint(world_, *source_);
+}
+
+// False where the newest checkpoint was damaged and has been set aside: there is another start to be found.
+bool TrainingRun::find_start() {
+  source_.reset();
+  state_ = RunState();
+  resumed_step_ = directory_.newest();
   if (resuming()) {
-    source_ = find_checkpoint(world_, options_.run);
+    const std::filesystem::path newest = directory_.checkpoints().path_of(*resumed_step_);
+    const std::optional<std::string> damage = find_damage(world_, newest, Verification::kSmall);
+    if (damage) {
+      directory_.set_aside(*resumed_step_, *damage);
+      return false;
+    }
+    source_ = find_checkpoint(world_, newest);
     state_ = source_->state.value();
-    return;
+    return true;
   }
   state_.parent_loss = state_.converted_loss = kUnknown;
-  if (!uptraining()) return;
+  if (!uptraining()) return true;
   source_ = find_checkpoint(world_, options_.init_from);
   state_.first_step = source_->state ? source_->state->step : options_.parent_steps;
   state_.step = state_.first_step;
   state_.samples = source_->state ? source_->state->samples : 0;
   state_.parent = source_->directory.string();
+  return true;
 }
 
 // What the run is, from options and where it starts; refuses what cannot work. The same on every rank.
@@ -72,8 +95,11 @@ void TrainingRun::decide() {
     total_steps_ = options_.steps;
   }
   schedule_ = schedule_of(options_, total_steps_);
-  if (resuming()) require_same_identity(state_.identity, identity(), options_.run.string());
-  state_.identity = identity();
+  const nlohmann::json identity =
+      run_identity(options_, config_, *corpus_,
+                   {.schedule = schedule_, .total_steps = total_steps_, .first_step = state_.first_step});
+  if (resuming()) require_same_identity(state_.identity, identity, options_.run.string());
+  state_.identity = identity;
   if (source_) require_same_vocabulary(*source_, *corpus_);
   training_.emplace(*corpus_, Split::kTrain, training_samples(options_));
   heldout_.emplace(*corpus_, Split::kHeldout, heldout_samples(options_));
@@ -81,34 +107,6 @@ void TrainingRun::decide() {
   validate_tensor_parallel(config_, layout_.tensor_parallel);
   if (source_) validate_tensor_parallel(source_->config, layout_.tensor_parallel);
   micro_batch_ = micro_batch_of(options_, layout_.data_parallel);
-}
-
-nlohmann::json TrainingRun::identity() const {
-  nlohmann::json all = {{"mode", uptraining() ? "uptrain" : "pretrain"},
-                        {"model", nlohmann::json::parse(to_json(config_))},
-                        {"seed", options_.seed},
-                        {"corpus", fmt::format("{:016x}", corpus_->fingerprint())},
-                        {"inputs-length", options_.inputs_length},
-                        {"noise-density", options_.noise_density},
-                        {"mean-span", options_.mean_span},
-                        {"batch-size", options_.batch_size},
-                        {"precision", options_.precision},
-                        {"optimizer", options_.optimizer},
-                        {"schedule", options_.schedule},
-                        {"learning-rate", schedule_.base},
-                        {"warmup", options_.warmup},
-                        {"weight-decay", options_.weight_decay},
-                        {"scale-by-rms", options_.scale_by_rms},
-                        {"max-gradient-norm", options_.max_gradient_norm},
-                        {"z-loss", options_.z_loss}};
-  if (uptraining()) {
-    all["init-from"] = options_.init_from.string();
-    all["parent-steps"] = state_.first_step;
-    all["pooling"] = options_.pooling;
-  }
-  const bool ends = schedule_.kind == Schedule::Kind::kLinear || schedule_.kind == Schedule::Kind::kCosine;
-  if (ends) all["steps"] = total_steps_;
-  return all;
 }
 
 // Before the run's own model takes its memory.
@@ -134,12 +132,17 @@ void TrainingRun::build() {
         *backend_, runner_->parameters(), *mesh_,
         Adafactor::Options{.step_offset = offset, .max_gradient_norm = options_.max_gradient_norm});
   }
+  saver_ = std::make_unique<RunSaver>(
+      world_, layout_, *backend_, directory_.checkpoints(),
+      std::vector<TensorSet>{{.stem = "model", .tensors = sharded_parameters(runner_->parameters())},
+                             {.stem = "optimizer", .tensors = optimizer_->state()}},
+      options_, [this](const SavedStep& step) { saved(step); });
   log_.info(
       "{} parameters; {} ranks = {} data-parallel x {} tensor-parallel, micro-batches of {}; {:.2f} GB a "
-      "rank for activations, {:.2f} GB for optimizer state",
+      "rank for activations, {:.2f} GB for optimizer state, {:.2f} GB of host memory for saving",
       format_count(parameter_count(config_)), world_.size(), layout_.data_parallel, layout_.tensor_parallel,
       micro_batch_, static_cast<double>(runner_->arena_bytes()) * 1e-9,
-      static_cast<double>(optimizer_->state_bytes()) * 1e-9);
+      static_cast<double>(optimizer_->state_bytes()) * 1e-9, saver_->staging_gigabytes());
 }
 
 void TrainingRun::load() {
@@ -147,7 +150,10 @@ void TrainingRun::load() {
     const auto read_all = [this](const std::string& stem, const std::vector<ShardedTensor>& tensors) {
       const CheckpointReader reader(source_->directory, stem);
       reader.require(tensors);
-      fill_from_host(*backend_, tensors, [&](const ShardedTensor& tensor) { reader.read(tensor); });
+      fill_from_host(*backend_, tensors, [&](const ShardedTensor& tensor) {
+        world_.heartbeat().beat("loading a checkpoint");
+        reader.read(tensor);
+      });
     };
     read_all("model", sharded_parameters(runner_->parameters()));
     read_all("optimizer", optimizer_->state());
@@ -204,49 +210,68 @@ void TrainingRun::keep_tuning() {
 }
 
 void TrainingRun::save() {
+  world_.heartbeat().beat("saving a checkpoint");
   keep_tuning();
-  PendingStep pending = checkpoints_.begin(state_.step);
-  pending.write_text("config.json", to_json(config_));
-  pending.copy_file("tokenizer.model", corpus_->tokenizer_file());
-  const bool writes = mesh_->dp_rank() == 0;
-  const auto write_all = [&](const std::string& stem, std::vector<ShardedTensor> tensors) {
-    if (!writes) {
-      write_tensors(world_, pending.path(), stem, tensors, writes);
-      return;
-    }
-    const HostCopies copies(*backend_, std::move(tensors));
-    write_tensors(world_, pending.path(), stem, copies.tensors(), writes);
-  };
-  write_all("model", sharded_parameters(runner_->parameters()));
-  write_all("optimizer", optimizer_->state());
-  pending.commit(to_json(state_));
-  checkpoints_.prune(options_.keep_last, options_.keep_every);
+  std::map<std::string, std::string> texts;
+  world_.run_on(0, [&] {
+    texts = {{"config.json", to_json(config_)}, {"tokenizer.model", read_text(corpus_->tokenizer_file())}};
+  });
+  saver_->save(state_.step, to_json(state_), texts);
+}
+
+void TrainingRun::saved(const SavedStep& saved) {
+  rollbacks_ = 0;
+  if (reporter_) reporter_->end_line();
+  log_.info("step {}: saved {:.2f} GB in {:.1f} s", saved.step, saved.gigabytes, saved.seconds);
+  if (!reporter_) return;
+  reporter_->event(
+      {.step = saved.step,
+       .name = "checkpoint",
+       .detail = fmt::format("{:.3f} s, training waited {:.3f} s", saved.seconds, saved.waited)});
+}
+
+void TrainingRun::note(const std::string& event, const std::string& detail) {
+  if (!reporter_) return;
+  reporter_->end_line();
+  reporter_->event({.step = state_.step, .name = event, .detail = detail});
 }
 
 void TrainingRun::train_step() {
   const double began = seconds_now();
   const double waited = batches_->wait_seconds();
-  // One small sum over all ranks: the number of targets, whether any rank got a signal, or has no batch.
-  std::array<double, 3> agreed = {0, signals_.received() ? 1.0 : 0.0, 0};
+  world_.heartbeat().set_step(state_.step);
+  world_.heartbeat().beat("reading a batch");
+  // One small sum over all ranks: the number of targets, and which ranks were asked to stop, have no batch,
+  // still write the last checkpoint, or failed to.
+  enum : std::size_t { kTargets, kStop, kWithoutBatch, kSaving, kSaveFailed, kSums };
+  std::array<double, kSums> agreed{};
+  if (signals_.received() || (world_.rank() == 0 && directory_.stop_requested())) agreed[kStop] = 1;
+  if (saver_->busy()) agreed[kSaving] = 1;
+  if (saver_->failed()) agreed[kSaveFailed] = 1;
   std::exception_ptr failure;
   try {
     for (Batch& micro : micro_batches_) {
       micro = *batches_->next();
       for (const std::int32_t target : micro.targets)
-        agreed[0] += target != 0 && mesh_->tp_rank() == 0 ? 1 : 0;
+        agreed[kTargets] += target != 0 && mesh_->tp_rank() == 0 ? 1 : 0;
     }
   } catch (...) {
     failure = std::current_exception();
-    agreed[2] = 1;
+    agreed[kWithoutBatch] = 1;
   }
   world_.all_reduce(agreed, ReduceOp::kSum);
-  if (agreed[2] > 0) {
+  if (agreed[kWithoutBatch] > 0) {
     world_.run_together([&failure] {
       if (failure) std::rethrow_exception(failure);
     });
   }
-  stop_requested_ = agreed[1] > 0;
+  if (agreed[kSaving] == 0 || agreed[kSaveFailed] > 0) saver_->proceed();
+  stop_requested_ = agreed[kStop] > 0;
   if (stop_requested_) return;
+  update(forward_and_backward(agreed[kTargets]), began, waited);
+}
+
+LossSums TrainingRun::forward_and_backward(double targets) {
   runner_->clear_gradients();
   const index_t first = options_.batch_size / layout_.data_parallel * mesh_->dp_rank();
   for (std::size_t m = 0; m < micro_batches_.size(); ++m) {
@@ -254,26 +279,28 @@ void TrainingRun::train_step() {
                    {.seed = options_.seed,
                     .step = state_.step,
                     .first_sample = first + static_cast<index_t>(m) * micro_batch_},
-                   1 / agreed[0], /*last=*/m + 1 == micro_batches_.size());
+                   1 / targets, /*last=*/m + 1 == micro_batches_.size());
   }
   runner_->synchronise_gradients();  // issued before the losses are waited for
-  const LossSums sums = runner_->take_losses();
-  update(sums, began, waited);
+  return runner_->take_losses();
 }
 
 void TrainingRun::update(const LossSums& sums, double began, double waited) {
+  world_.heartbeat().beat("updating the weights");
   const double rate = learning_rate(schedule_, state_.step);
-  const double loss = sums.cross_entropy + sums.z_loss;
-  const double norm = std::isfinite(loss) ? optimizer_->update(state_.step, rate) : kUnknown;
-  if (!std::isfinite(norm)) {
-    UserError error(
-        "the loss is {} and the gradient's norm {} at step {}: nothing of this step was kept, and the last "
-        "checkpoint is intact. Start another --run with a smaller --learning-rate, --max-gradient-norm 1 or "
-        "--precision fp32",
-        loss / sums.targets, norm, state_.step + 1);
-    error.set_on_every_rank();  // loss and norm are sums over ranks, the same on all of them
-    throw error;
+  const double threshold = options_.spike_threshold;
+  const double loss = (sums.cross_entropy + sums.z_loss) / sums.targets;
+  double norm = kUnknown;
+  std::optional<std::string> reason = state_.divergence.judge_loss(loss, threshold);
+  if (!reason) {
+    norm = optimizer_->update(state_.step, rate, state_.divergence.largest_norm(threshold));
+    reason = state_.divergence.judge_norm(norm, threshold);
   }
+  if (reason) {
+    diverged(*reason);
+    return;
+  }
+  state_.divergence.accept(loss, norm);
   state_.step += 1;
   state_.samples += options_.batch_size;
   if (!reporter_) return;
@@ -292,6 +319,60 @@ void TrainingRun::update(const LossSums& sums, double began, double waited) {
                    .data_wait_share = (batches_->wait_seconds() - waited) / seconds,
                    .seconds_per_step = seconds,
                    .samples = state_.samples});
+}
+
+// A step that must not be taken: nothing of it is in the weights. `reason` comes from sums over ranks and is
+// the same on all of them.
+void TrainingRun::diverged(const std::string& reason) {
+  state_.divergence.reject();
+  const std::string what = fmt::format("step {}: {}", state_.step + 1, reason);
+  const bool hopeless = state_.divergence.hopeless();
+  if (options_.on_divergence == "rollback" && !hopeless) return roll_back(what);
+  if (options_.on_divergence == "stop" || hopeless) {
+    saver_->finish();
+    UserError error(
+        "{}{}: nothing of this step was kept, and the last checkpoint is intact. Resume with --on-divergence "
+        "skip "
+        "or rollback, or start another --run with a smaller --learning-rate, --max-gradient-norm 1 or "
+        "--precision "
+        "fp32",
+        what,
+        hopeless ? fmt::format(", as were the {} before it", state_.divergence.rejected_in_a_row() - 1) : "");
+    error.set_on_every_rank();
+    throw error;
+  }
+  state_.step += 1;
+  state_.samples += options_.batch_size;
+  note("skip", what);
+  log_.info("{}: its update is left out", what);
+}
+
+// Goes back to the last checkpoint and on from there with the samples after the bad ones.
+void TrainingRun::roll_back(const std::string& reason) {
+  constexpr index_t kMostRollbacks = 5;
+  saver_->finish();
+  const std::optional<index_t> step = directory_.checkpoints().latest();
+  if (!step || ++rollbacks_ > kMostRollbacks) {
+    UserError error(
+        "{}, and {}: the run cannot roll back", reason,
+        step ? fmt::format("{} times before since step {}", kMostRollbacks, *step) : "nothing is saved yet");
+    error.set_on_every_rank();
+    throw error;
+  }
+  const index_t samples = state_.samples + options_.batch_size;
+  source_ = find_checkpoint(world_, directory_.checkpoints().path_of(*step));
+  verify_checkpoint(world_, *source_);
+  state_ = source_->state.value();
+  resumed_step_ = *step;
+  state_.samples = samples;
+  world_.run_on(0, [&] {
+    reporter_->end_line();
+    reporter_ = std::make_unique<RunReporter>(options_.run, resumed_step_, options_.progress_every);
+  });
+  load();
+  make_batches();
+  note("rollback", reason);
+  log_.info("{}: back to step {}, without the samples up to {}", reason, *step, samples);
 }
 
 // Everything up to the first step: memory, weights, data, yardstick.
@@ -330,10 +411,17 @@ void TrainingRun::start() {
     if (reporter_) reporter_->evaluation({.step = 0, .name = "unigram", .loss = unigram});
     log_.info("held-out loss of token frequencies alone: {:.4f}", unigram);
   }
-  const index_t share = options_.batch_size / layout_.data_parallel;
-  const index_t micros = share / micro_batch_;
+  const auto micros = options_.batch_size / layout_.data_parallel / micro_batch_;
   micro_batches_.resize(static_cast<std::size_t>(micros));
   flops_per_step_ = runner_->flops() * static_cast<double>(micros * world_.size());
+  make_batches();
+}
+
+// From where the run stands in its data.
+void TrainingRun::make_batches() {
+  const index_t share = options_.batch_size / layout_.data_parallel;
+  const index_t micros = share / micro_batch_;
+  batches_.reset();  // its threads and memory first
   batches_ = std::make_unique<BatchStream>(
       *training_,
       [this, micros, begin = state_.samples + share * mesh_->dp_rank(),
@@ -348,36 +436,47 @@ void TrainingRun::start() {
 }
 
 int TrainingRun::stop() {
-  if (reporter_) {
-    reporter_->end_line();
-    reporter_->event({.step = state_.step, .name = "stop", .detail = "signal"});
-  }
-  if (checkpoints_.latest() != state_.step) save();
-  log_.info("stopped by a signal; saved at step {}. The same command resumes", state_.step);
+  saver_->finish();
+  note("stop", "asked to");
+  if (directory_.checkpoints().latest() != state_.step) save();
+  saver_->finish();
+  const bool by_file = directory_.clear_stop_request();
+  log_.info("stopped by {}; saved at step {}. The same command resumes",
+            by_file ? "the stop file" : "a signal", state_.step);
   return kStopped;
 }
 
 int TrainingRun::run() {
   const auto draw = [&] { world_.run_on(0, [&] { plot_run(options_.run); }); };
-  world_.run_on(0, [&] {
-    regroup::create_directories(options_.run / "tensorboard");
-    lock_ = std::make_unique<FileLock>(options_.run / ".lock");
-  });
-  checkpoints_.prepare();
+  directory_.take();
+  watchdog_ = std::make_unique<Watchdog>(world_, options_.run, options_.hang_timeout, log_);
   if (resuming() && state_.step >= total_steps_) {
     log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);
     draw();
     return 0;
   }
+  if (!directory_.count_start(resumed_step_.value_or(-1), options_.restart_budget)) {
+    if (world_.rank() == 0) {
+      log_.error(
+          "the last {} starts of {} came to no new checkpoint after step {}: the lines above and the metrics "
+          "say "
+          "why each ended. Put it right; then --restart-budget 0 starts it anyway",
+          options_.restart_budget, options_.run.string(), state_.step);
+    }
+    return kNoProgress;
+  }
   start();
   while (state_.step < total_steps_) {
+    const index_t before = state_.step;
     train_step();
     if (stop_requested_) return stop();
+    if (state_.step <= before) continue;  // rolled back
     const bool last = state_.step == total_steps_;
     const bool evaluates = options_.evaluate_every > 0 && state_.step % options_.evaluate_every == 0;
     if (last || evaluates) evaluate();
     if (last || state_.step % options_.save_every == 0) save();
   }
+  saver_->finish();
   draw();
   log_.info("done: checkpoints, metrics.jsonl, loss.svg and TensorBoard files are in {}",
             options_.run.string());

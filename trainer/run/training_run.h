@@ -5,17 +5,18 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/base/file.h"
 #include "kernels/base/log.h"
-#include "trainer/checkpoint/step_directory.h"
 #include "trainer/exit_code.h"
 #include "trainer/optimizer/optimizer.h"
 #include "trainer/optimizer/schedule.h"
 #include "trainer/options.h"
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/model_runner.h"
+#include "trainer/run/run_directory.h"
 #include "trainer/run/run_reporter.h"
+#include "trainer/run/run_saver.h"
 #include "trainer/run/signals.h"
+#include "trainer/run/watchdog.h"
 
 namespace regroup {
 
@@ -26,8 +27,8 @@ class TrainingRun {
   // UserErrors are the same on every rank.
   TrainingRun(const Options& options, const ProcessGroup& world, const Log& log);
 
-  // kDone: the last step is done and saved. kStopped: SIGTERM, SIGUSR1 or SIGINT came, and everything is
-  // saved.
+  // kDone: the last step is done and saved. kStopped: SIGTERM, SIGUSR1, SIGINT or the stop file came, and
+  // everything is saved. kNoProgress: --restart-budget starts came to nothing.
   int run();
 
   // What was asked for, and what was inherited from the parent or the run being resumed.
@@ -36,29 +37,35 @@ class TrainingRun {
  private:
   bool uptraining() const { return options_.mode == Mode::kUptrain; }
   bool resuming() const { return resumed_step_.has_value(); }
-  void find_start();
+  void choose_start();
+  bool find_start();
   void decide();
-  nlohmann::json identity() const;
   void evaluate_parent();
   void build();
   void load();
   void convert_parent();
   void start();
+  void make_batches();
   void train_step();
+  LossSums forward_and_backward(double targets);
   void update(const LossSums& sums, double began, double waited);
+  void diverged(const std::string& reason);
+  void roll_back(const std::string& reason);
   std::filesystem::path tuning_file() const;
   void take_up_tuning();
   void keep_tuning();
   LossSums held_out(ModelRunner& runner);
   void evaluate();
   void save();
+  void saved(const SavedStep& step);
   int stop();
+  void note(const std::string& event, const std::string& detail);
 
   Options options_;  // with what was inherited
   const ProcessGroup& world_;
   const Log& log_;
   SignalWatch signals_;
-  CheckpointStore checkpoints_;
+  RunDirectory directory_;
   std::optional<index_t> resumed_step_;     // of the checkpoint that is continued
   std::optional<CheckpointSource> source_;  // that checkpoint, or the parent of a fresh uptraining
   RunState state_;
@@ -70,16 +77,18 @@ class TrainingRun {
 
   std::optional<Corpus> corpus_;
   std::optional<Samples> training_, heldout_;
-  std::unique_ptr<FileLock> lock_;  // of the run directory; rank 0
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<ModelRunner> runner_;
   std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<RunSaver> saver_;
   std::unique_ptr<BatchStream> batches_;
   std::unique_ptr<RunReporter> reporter_;  // rank 0
   std::vector<Batch> micro_batches_;
+  std::unique_ptr<Watchdog> watchdog_;
   double flops_per_step_ = 0, peak_flops_ = 0;  // of all ranks
   bool stop_requested_ = false;
+  index_t rollbacks_ = 0;  // since the last save
 };
 
 }  // namespace regroup

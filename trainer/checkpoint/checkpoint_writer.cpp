@@ -1,0 +1,173 @@
+#include "trainer/checkpoint/checkpoint_writer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/base/error.h"
+
+namespace regroup {
+namespace {
+
+std::vector<ShardedTensor> all_of(const std::vector<TensorSet>& sets) {
+  std::vector<ShardedTensor> all;
+  for (const TensorSet& set : sets) all.insert(all.end(), set.tensors.begin(), set.tensors.end());
+  return all;
+}
+
+}  // namespace
+
+CheckpointWriter::CheckpointWriter(const ProcessGroup& world, const Layout& layout, Backend& backend,
+                                   CheckpointStore store, const std::vector<TensorSet>& sets,
+                                   const Options& options)
+    : world_(world), store_(std::move(store)), options_(options), files_(plan_files(sets, options.files)) {
+  check(options.block_bytes > 0 && options.block_bytes % 8 == 0, "blocks of {} bytes", options.block_bytes);
+  const int dp_rank = world.rank() / layout.tensor_parallel;
+  const int tp_rank = world.rank() % layout.tensor_parallel;
+  const ProcessGroup tp = world.split(dp_rank, tp_rank);
+  std::vector<ShardedTensor> tensors = all_of(sets);
+  std::vector<HeldTensor> held = gather_slices(tp, tensors);
+  blocks_ = plan_blocks(files_, held, layout, options.block_bytes);
+  std::vector<Block> of_group;
+  std::size_t share = 0;
+  for (const Block& block : blocks_) {
+    if (block.dp_rank != dp_rank) continue;
+    of_group.push_back(block);
+    if (block.tp_rank == tp_rank) ++share;
+  }
+  const std::uint64_t memory = options.memory > 0 ? options.memory : share * options.block_bytes;
+  // The same on every rank of the group, for their rounds are.
+  std::vector<std::uint64_t> slots = {std::max<std::uint64_t>(1, memory / options.block_bytes)};
+  tp.all_reduce(slots, ReduceOp::kMax);
+  const auto used = std::min<std::uint64_t>(slots[0], share);
+  gather_ = std::make_unique<BlockGather>(tp, backend, files_, std::move(tensors), std::move(held),
+                                          std::move(of_group), static_cast<std::size_t>(slots[0]));
+  staging_ = backend.allocate_host(static_cast<index_t>(used * options.block_bytes));
+  std::memset(staging_.data(), 0,
+              static_cast<std::size_t>(staging_.bytes()));  // all of it is there from now on
+  checksums_.resize(share);
+  open_.resize(files_.files.size());
+}
+
+CheckpointWriter::~CheckpointWriter() { cancelled_ = true; }
+
+void CheckpointWriter::save(index_t step, nlohmann::json state,
+                            const std::map<std::string, std::string>& texts) {
+  check(!pending(), "a checkpoint is begun while another one is under way");
+  begin(step, texts);
+  state_ = std::move(state);
+  const std::size_t rounds = gather_->rounds();
+  // Every rank takes part in every round, also where it has failed: nobody waits for it.
+  std::exception_ptr failure;
+  const auto attempt = [&failure](auto&& work) {
+    if (failure != nullptr) return;
+    try {
+      work();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  };
+  auto* const staging = static_cast<std::byte*>(staging_.data());
+  for (std::size_t round = 0; round < rounds; ++round) {
+    gather_->gather(round, staging, options_.block_bytes);
+    if (round + 1 < rounds) attempt([&] { write(round); });
+  }
+  phase_ = Phase::kWriting;
+  job_.start([this, rounds, failure] {
+    if (failure != nullptr) std::rethrow_exception(failure);
+    if (rounds > 0) write(rounds - 1);
+    sync();
+  });
+}
+
+void CheckpointWriter::begin(index_t step, const std::map<std::string, std::string>& texts) {
+  step_ = step;
+  for (std::optional<SharedOutputFile>& file : open_) file.reset();  // of a save that failed
+  pending_.reset();
+  world_.run_on(0, [&] {
+    pending_.emplace(store_.create(step));
+    for (const auto& [name, text] : files_.indexes) pending_->write_text(name, text);
+    for (const auto& [name, text] : texts) pending_->write_text(name, text);
+    for (const PlannedFile& file : files_.files) create_file(pending_->path() / file.name, file.bytes);
+  });
+}
+
+void CheckpointWriter::write(std::size_t round) {
+  const auto* from = static_cast<const std::byte*>(staging_.data());
+  for (const Block& block : gather_->mine(round)) {
+    if (cancelled_) return;
+    const std::span bytes(from, static_cast<std::size_t>(block.bytes));
+    checksums_[block.slot] = checksum(bytes);
+    std::optional<SharedOutputFile>& file = open_[block.file];
+    if (!file) file.emplace(store_.partial_path_of(step_) / files_.files[block.file].name);
+    file->write(block.begin, bytes);
+    ++written_;
+    from += options_.block_bytes;
+  }
+}
+
+void CheckpointWriter::sync() {
+  for (std::optional<SharedOutputFile>& file : open_) {
+    if (cancelled_) return;
+    if (file) file->sync();
+    file.reset();
+    ++written_;
+  }
+}
+
+std::optional<index_t> CheckpointWriter::advance() {
+  // A save that fails is over: whoever catches the error may go on without it.
+  const Phase phase = std::exchange(phase_, Phase::kIdle);
+  if (phase == Phase::kIdle) return std::nullopt;
+  wait();
+  world_.run_together([this] { job_.rethrow(); });
+  if (phase == Phase::kCommitting) {
+    pending_.reset();
+    return step_;
+  }
+  auto files = records();
+  if (pending_) {
+    job_.start([this, files = std::move(files)] {
+      pending_->commit(std::move(state_), files, options_.block_bytes);
+      store_.prune(options_.keep_last, options_.keep_every);
+    });
+  }
+  phase_ = Phase::kCommitting;
+  return std::nullopt;
+}
+
+// For this rank's work; as long as it moves on, the rank counts as alive.
+void CheckpointWriter::wait() {
+  constexpr std::chrono::milliseconds kLook(500);
+  std::uint64_t seen = 0;
+  while (!job_.wait_for(kLook)) {
+    const std::uint64_t written = written_;
+    if (std::exchange(seen, written) != written) world_.heartbeat().beat("writing a checkpoint");
+  }
+}
+
+std::optional<index_t> CheckpointWriter::finish() {
+  std::optional<index_t> saved;
+  while (pending()) saved = advance();
+  return saved;
+}
+
+// Of the files, from every rank's checksums of its blocks. Collective.
+std::map<std::string, FileRecord> CheckpointWriter::records() {
+  const auto checksums = world_.all_gather(checksums_);
+  std::map<std::string, FileRecord> result;
+  auto block = blocks_.begin();
+  for (std::size_t f = 0; f < files_.files.size(); ++f) {
+    std::vector<std::uint64_t> of_file;
+    for (; block != blocks_.end() && block->file == f; ++block) {
+      const int tp = gather_->ranks();
+      of_file.push_back(
+          checksums[static_cast<std::size_t>(block->dp_rank * tp + block->tp_rank)][block->slot]);
+    }
+    result.emplace(files_.files[f].name, FileRecord{.bytes = files_.files[f].bytes,
+                                                    .checksum = checksum(std::as_bytes(std::span(of_file)))});
+  }
+  return result;
+}
+
+}  // namespace regroup

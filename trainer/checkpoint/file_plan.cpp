@@ -1,0 +1,87 @@
+#include "trainer/checkpoint/file_plan.h"
+
+#include <functional>
+#include <numeric>
+#include <unordered_map>
+
+#include <nlohmann/json.hpp>
+
+#include "kernels/base/error.h"
+
+namespace regroup {
+namespace {
+
+// Which tensors go into which file: in order, a new file where the next would exceed `limit`.
+std::vector<std::vector<std::size_t>> split_into_files(const std::vector<ShardedTensor>& tensors,
+                                                       std::uint64_t limit) {
+  std::vector<std::vector<std::size_t>> files(1);
+  std::uint64_t filled = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::uint64_t bytes = global_bytes(tensors[i]);
+    if (!files.back().empty() && filled + bytes > limit) {
+      files.emplace_back();
+      filled = 0;
+    }
+    files.back().push_back(i);
+    filled += bytes;
+  }
+  return files;
+}
+
+// `first`: the number of the set's first tensor.
+PlannedFile plan_file(std::string name, const TensorSet& set, const std::vector<std::size_t>& members,
+                      std::size_t first, const Metadata& metadata) {
+  std::vector<StoredTensor> stored;
+  std::unordered_map<std::string, std::size_t> numbers;
+  for (const std::size_t i : members) {
+    const ShardedTensor& t = set.tensors[i];
+    stored.push_back({.name = t.name, .type = stored_type(t.local.dtype), .shape = t.shape});
+    numbers.emplace(t.name, first + i);
+  }
+  SafetensorsPlan plan = plan_safetensors(std::move(stored), metadata);
+  PlannedFile file{.name = std::move(name), .header = std::move(plan.bytes), .bytes = plan.file_size};
+  for (const StoredTensor& t : plan.tensors) {
+    file.tensors.push_back({.tensor = numbers.at(t.name), .begin = t.begin, .end = t.end});
+  }
+  return file;
+}
+
+}  // namespace
+
+std::uint64_t global_bytes(const ShardedTensor& tensor) {
+  return static_cast<std::uint64_t>(std::accumulate(tensor.shape.begin(), tensor.shape.end(),
+                                                    size_of(tensor.local.dtype), std::multiplies<>()));
+}
+
+std::uint64_t FilePlan::bytes() const {
+  return std::accumulate(files.begin(), files.end(), std::uint64_t{0},
+                         [](std::uint64_t sum, const PlannedFile& file) { return sum + file.bytes; });
+}
+
+FilePlan plan_files(std::span<const TensorSet> sets, const FileOptions& options) {
+  FilePlan plan;
+  std::size_t first = 0;
+  for (const TensorSet& set : sets) {
+    const auto files = split_into_files(set.tensors, options.max_file_bytes);
+    nlohmann::json weight_map = nlohmann::json::object();
+    std::uint64_t total = 0;
+    for (std::size_t k = 0; k < files.size(); ++k) {
+      const std::string name =
+          files.size() == 1 ? set.stem + ".safetensors"
+                            : fmt::format("{}-{:05}-of-{:05}.safetensors", set.stem, k + 1, files.size());
+      plan.files.push_back(plan_file(name, set, files[k], first, options.metadata));
+      for (const std::size_t i : files[k]) {
+        weight_map[set.tensors[i].name] = name;
+        total += global_bytes(set.tensors[i]);
+      }
+    }
+    if (files.size() > 1) {
+      const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
+      plan.indexes.emplace(set.stem + ".safetensors.index.json", index.dump(2) + "\n");
+    }
+    first += set.tensors.size();
+  }
+  return plan;
+}
+
+}  // namespace regroup

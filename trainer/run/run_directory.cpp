@@ -1,0 +1,92 @@
+#include "trainer/run/run_directory.h"
+
+#include <utility>
+
+#include <fmt/ranges.h>
+#include <nlohmann/json.hpp>
+
+#include "kernels/base/error.h"
+
+namespace regroup {
+namespace {
+
+constexpr const char* kStopFile = "stop";
+constexpr const char* kStartsFile = "starts.json";
+
+// How many starts at `step` the file tells of; none where it tells of another step, or of nothing.
+index_t noted_starts(const std::filesystem::path& file, index_t step) {
+  if (!std::filesystem::exists(file)) return 0;
+  const auto json = nlohmann::json::parse(read_text(file, 1 << 16), nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || !json.contains("starts") || !json["starts"].is_number_integer()) return 0;
+  return json.value("step", nlohmann::json()) == step ? json["starts"].get<index_t>() : 0;
+}
+
+}  // namespace
+
+RunDirectory::RunDirectory(const ProcessGroup& world, std::filesystem::path path, const Log& log)
+    : world_(world), path_(std::move(path)), log_(log), checkpoints_(world, path_) {}
+
+std::optional<index_t> RunDirectory::newest() const {
+  const std::optional<index_t> step = checkpoints_.latest();
+  if (step) return step;
+  const std::vector<std::string> damaged = checkpoints_.damaged();
+  if (damaged.empty()) return std::nullopt;
+  UserError error(
+      "no intact checkpoint is left in {}: {} was set aside. Restore one (without .damaged in its name), or "
+      "remove it to begin the run anew",
+      checkpoints_.directory().string(), fmt::join(damaged, ", "));
+  error.set_on_every_rank();
+  throw error;
+}
+
+void RunDirectory::set_aside(index_t step, const std::string& damage) {
+  take();
+  if (world_.rank() == 0) {
+    log_.warning("{}; step {} is set aside as {}.damaged", damage, step,
+                 checkpoints_.path_of(step).filename().string());
+  }
+  checkpoints_.set_aside(step);
+}
+
+void RunDirectory::take() {
+  if (std::exchange(taken_, true)) return;
+  world_.run_on(0, [&] {
+    regroup::create_directories(path_ / "tensorboard");
+    lock_ = std::make_unique<FileLock>(path_ / ".lock");
+  });
+  checkpoints_.prepare();
+}
+
+bool RunDirectory::count_start(index_t step, index_t budget) const {
+  std::vector<std::uint64_t> refused = {0};
+  world_.run_on(0, [&] {
+    const std::filesystem::path file = path_ / kStartsFile;
+    const index_t starts = noted_starts(file, step);
+    refused[0] = budget > 0 && starts >= budget ? 1 : 0;
+    if (refused[0] != 0) return;
+    const nlohmann::json noted = {{"step", step}, {"starts", starts + 1}};
+    write_text(file, noted.dump() + "\n");
+  });
+  world_.all_reduce(refused, ReduceOp::kSum);
+  return refused[0] == 0;
+}
+
+bool RunDirectory::stop_requested() {
+  const auto now = std::chrono::steady_clock::now();
+  if (now < next_look_) return false;
+  next_look_ = now + std::chrono::seconds(1);
+  std::error_code ignored;
+  return std::filesystem::exists(path_ / kStopFile, ignored);
+}
+
+bool RunDirectory::clear_stop_request() const {
+  std::vector<std::uint64_t> removed = {0};
+  if (world_.rank() == 0) {
+    std::error_code ignored;  // whoever made it may have removed it
+    removed[0] = std::filesystem::remove(path_ / kStopFile, ignored) ? 1 : 0;
+  }
+  world_.all_reduce(removed, ReduceOp::kSum);
+  return removed[0] != 0;
+}
+
+}  // namespace regroup
