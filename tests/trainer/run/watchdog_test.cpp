@@ -3,26 +3,27 @@
 
 #include <chrono>
 #include <condition_variable>
-#include <csignal>
 #include <deque>
+#include <fcntl.h>
 #include <fstream>
 #include <memory>
 #include <mutex>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <gtest/gtest.h>
 
 #include "tests/trainer/run/temporary_directory.h"
-#include "trainer/exit_code.h"
 
 namespace regroup {
 namespace {
 
-using namespace std::chrono_literals;
+using Milliseconds = std::chrono::milliseconds;
 
 constexpr double kTimeout = 0.4;  // a tick is then 0.05 s
 // Time for many timeouts where nothing may happen, and for one where something must, on a busy machine.
-constexpr auto kManyTimeouts = 2s;
-constexpr auto kBound = 60s;
+constexpr auto kManyTimeouts = Milliseconds(2000);
+constexpr auto kBound = std::chrono::seconds(60);
 
 class WatchdogTest : public testing::Test {
  protected:
@@ -62,7 +63,7 @@ class WatchdogTest : public testing::Test {
     return std::jthread([&heartbeat](const std::stop_token& stop) {
       while (!stop.stop_requested()) {
         heartbeat.beat("saving");
-        std::this_thread::sleep_for(5ms);
+        std::this_thread::sleep_for(Milliseconds(5));
       }
     });
   }
@@ -145,7 +146,7 @@ TEST_F(WatchdogTest, OneThatBeatsKeepsThoseAliveThatWaitForIt) {
   std::vector<std::jthread> all;
   for (Heartbeat& heart : hearts_) all.push_back(beating(heart));
   const auto end = std::chrono::steady_clock::now() + kBound;
-  while (left() > 0 && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(10ms);
+  while (left() > 0 && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(Milliseconds(10));
   EXPECT_EQ(left(), 0U);
   EXPECT_EQ(ends(), 0U);
 }
@@ -160,6 +161,24 @@ TEST_F(WatchdogTest, AFileSystemThatRefusesDoesNotHideAHang) {
   EXPECT_NE(told[0].find("rank 0 on node0 (process 100) has made no progress"), std::string::npos) << told[0];
   EXPECT_NE(told[0].find("at step 3 in 'saving'"), std::string::npos) << told[0];
   EXPECT_NE(told[0].find("does not answer"), std::string::npos) << told[0];
+}
+
+TEST_F(WatchdogTest, AFileAccessThatDoesNotEndDoesNotHideAHang) {
+  const HangBoard board(folder_.path() / "run" / "hang", 0);
+  std::filesystem::create_directories(board.folder());
+  // Whoever opens it for reading waits for a writer.
+  const std::filesystem::path report = board.folder() / "rank-00001.json";
+  ASSERT_EQ(::mkfifo(report.c_str(), 0600), 0);
+  start(2, /*stopped=*/1);
+  const Heartbeat::Wait wait(hearts_[0], "dp all_reduce");
+  const std::vector<std::string> told = messages_of(1);
+  ASSERT_EQ(told.size(), 1U);
+  EXPECT_NE(told[0].find("rank 0 on node0 (process 100) has made no progress"), std::string::npos) << told[0];
+  EXPECT_NE(told[0].find("in dp all_reduce of 'starting'"), std::string::npos) << told[0];
+  const int writer = ::open(report.c_str(), O_WRONLY);  // lets the reader go
+  EXPECT_GE(writer, 0);
+  ::close(writer);
+  watchdogs_.clear();
 }
 
 TEST_F(WatchdogTest, WatchesNothingWithATimeoutOfZeroOrOnceItIsGone) {
@@ -178,7 +197,7 @@ TEST_F(WatchdogTest, EndsItsWatchAtOnceWhateverTheTimeout) {
   {
     const Watchdog watchdog(hearts_[0], {{}}, HangBoard(folder_.path() / "hang", 0), 0, 1e6, [](auto&) {});
   }
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, 4s) << "a tick is 5 s";
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, Milliseconds(4000)) << "a tick is 5 s";
 }
 
 TEST_F(WatchdogTest, TheBoundIsTheTimeoutAndSomeMore) {

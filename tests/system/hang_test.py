@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""The watchdog: a job of which a rank no longer comes is ended, with a line that says which; one that is suspended as
+a whole, or slow, is not."""
+
+import os
+import re
+import signal
+import socket
+import time
+
+import harness
+from harness import DATA, MODEL, SystemTest, step_directory
+
+STEPS = 60
+TIMEOUT = 3
+SECONDS_TO_END = 60  # the bound is the timeout, three quarters of it, and a few seconds: 20; the rest is the machine's
+HUNG = 76
+TRAINING = [*MODEL, *DATA, "--steps", STEPS, "--save-every", 10, "--evaluate-every", 20, "--warmup", 10,
+            "--learning-rate", 0.1, "--progress-every", 10, "--hang-timeout", TIMEOUT]
+
+
+class HangTest(SystemTest):
+    def command(self, run, *changes):
+        return harness.changed(["--pretrain", "--corpus", self.corpus, "--run", run, *TRAINING], *changes)
+
+    @staticmethod
+    def wait_for_training(job, run, size=2000):
+        return job.wait_for(lambda: harness.size_of(run / "metrics.jsonl") > size and len(job.rank_pids()) == job.ranks)
+
+    def stop_a_rank(self, victim, layout):
+        """The run of a job of which one rank is stopped while it trains, that process, and how the job ends."""
+        run = self.folder / f"run-{victim}"
+        command = self.command(run, "--tensor-parallel", layout)
+        # So that it does not end before: the steps it is to do come when it is resumed.
+        with harness.Job(harness.changed(command, "--steps", 10**6, "--save-every", 40), ranks=2) as job:
+            self.assertTrue(self.wait_for_training(job, run), "too late")
+            pid = job.rank_pids()[victim]
+            os.kill(pid, signal.SIGSTOP)
+            stopped = job.seconds()
+            outcome = job.finish(stopped + SECONDS_TO_END)
+            print(f"rank {victim} stopped at {stopped:.1f} s: exit code {outcome.code} after "
+                  f"{outcome.seconds - stopped:.1f} s", flush=True)
+            self.assertFalse(harness.exists(pid), "the stopped process outlives the job")
+        return run, pid, outcome
+
+    def check_a_stopped_rank(self, victim, layout):
+        run, pid, outcome = self.stop_a_rank(victim, layout)
+        self.assertEqual(outcome.code, HUNG, outcome)
+        told = [text for _, text in outcome.messages if "the job hangs" in text]
+        self.assertEqual(len(told), 1, outcome)
+        host = re.escape(socket.gethostname())
+        self.assertRegex(told[0], rf"rank {victim} on {host} \(process {pid}\) gives no sign of life: .*stopped.*; "
+                                  rf"rank {1 - victim} on {host} \(process \d+\), at step \d+ in .+ of '.+', waits")
+        self.assertRegex(told[0], "the same command resumes from its last checkpoint")
+        step = int(re.search(r"at step (\d+)", told[0]).group(1))
+        done = harness.metrics(run, "train")[-1]["step"]
+        self.assertLessEqual(abs(step - done), 2, told[0])
+        # The same command goes on, to what an undisturbed run comes to.
+        steps = max([0, *harness.saved_steps(run)]) + 10
+        command = self.command(run, "--tensor-parallel", layout, "--steps", steps, "--save-every", 40)
+        self.train(command)
+        whole = self.folder / f"whole-{victim}"
+        self.train(harness.changed(command, "--run", whole))
+        self.assertEqual(harness.losses(run), harness.losses(whole))
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            self.assertEqual(harness.digest(step_directory(run, steps) / file),
+                             harness.digest(step_directory(whole, steps) / file), file)
+        self.assertFalse((run / "hang").exists(), "the next job removes what the watchdogs wrote")
+
+    def test_a_stopped_rank_of_two_data_parallel_ones(self):
+        self.check_a_stopped_rank(1, 1)
+
+    def test_a_stopped_first_rank_of_two_tensor_parallel_ones(self):
+        self.check_a_stopped_rank(0, 2)
+
+    def test_a_job_suspended_as_a_whole_goes_on(self):
+        run = self.folder / "run"
+        with harness.Job(self.command(run, "--steps", 10**6, "--save-every", 40), ranks=2) as job:
+            self.assertTrue(self.wait_for_training(job, run), "too late")
+            pids = job.rank_pids()
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(2.5 * TIMEOUT)  # past the timeout and the time that follows it
+            size = harness.size_of(run / "metrics.jsonl")
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            self.assertTrue(job.wait_for(lambda: harness.size_of(run / "metrics.jsonl") > size + 2000),
+                            "it did not go on")
+            time.sleep(2.5 * TIMEOUT)
+            self.assertFalse(job.over(), "it was ended after all")
+            job.kill(pids[0], signal.SIGUSR1)
+            outcome = job.finish(job.seconds() + SECONDS_TO_END)
+        self.assertEqual(outcome.code, harness.SAVED_AND_STOPPED, outcome)
+        self.assertNotIn("the job hangs", outcome.stderr)
+        self.assertFalse((run / "hang").exists())
+
+    def test_without_a_timeout_nothing_is_watched(self):
+        run = self.folder / "run"
+        with harness.Job(self.command(run, "--steps", 10**6, "--save-every", 40, "--hang-timeout", 0), ranks=2) as job:
+            self.assertTrue(self.wait_for_training(job, run), "too late")
+            pid = job.rank_pids()[1]
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(3 * TIMEOUT)
+            self.assertFalse(job.over())
+            os.kill(pid, signal.SIGCONT)
+            job.kill(pid, signal.SIGUSR1)
+            outcome = job.finish(job.seconds() + SECONDS_TO_END)
+        self.assertEqual(outcome.code, harness.SAVED_AND_STOPPED, outcome)
+
+
+if __name__ == "__main__":
+    harness.main()
