@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""`trainer --doctor` under the launcher: a healthy job passes; what would make a run slow or fragile is found, with its
+fix, and exit code 2; the run directory is left as it was."""
+
+import os
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import harness
+
+CORES = len(os.sched_getaffinity(0))
+SECONDS = 120
+
+
+class DoctorTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="regroup-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def doctor(self, *arguments, ranks=1, code=0, threads=None):
+        threads = threads or max(CORES // ranks, 1)
+        outcome = harness.run(["--doctor", "--threads", threads, *arguments], ranks, SECONDS)
+        self.assertEqual(outcome.code, code, outcome)
+        return outcome.stdout
+
+    def assert_bad(self, report, subject, found, fix):
+        """A bad finding on the subject, and its fix on the lines below."""
+        self.assertRegex(report, rf"(?m)^BAD +{subject} +.*{found}.*\n +costs: .*\n +fix: .*{fix}")
+        self.assertRegex(report, r"(?m)^a run would suffer: ")
+
+    def script(self, text):
+        """A program that stands in for the trainer, and calls it as $TRAINER."""
+        path = self.folder / "script"
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+        environment = mock.patch.dict(os.environ, {"TRAINER": harness.options.trainer})
+        trainer = mock.patch.object(harness.options, "trainer", str(path))
+        for patch in (environment, trainer):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+
+class HealthyTest(DoctorTest):
+    def test_one_rank(self):
+        report = self.doctor()
+        self.assertRegex(report, r"(?m)^ok +launcher +none")
+        self.assertRegex(report, r"(?m)^ok +signals +SIGUSR1 to this process reaches the rank")
+        self.assertRegex(report, r"(?m)^note +directory +not tested")
+        self.assertIn("nothing found that a run would suffer from", report)
+
+    @unittest.skipIf(CORES < 2, "two ranks need two cores")
+    def test_two_ranks(self):
+        run = self.folder / "run"
+        run.mkdir()
+        (run / "mine").write_text("kept")
+        report = self.doctor("--run", run, ranks=2)
+        self.assertRegex(report, r"(?m)^ok +launcher +mpirun, PMIx \d")
+        self.assertRegex(report, r"(?m)^ok +map +2 ranks on 1 node")
+        self.assertRegex(report, r"(?m)^ok +signals +SIGUSR1 to \S+ \(process \d+\) reaches every rank")
+        self.assertRegex(report, r"(?m)^ok +directory +\S+/run.*/s written and flushed")
+        self.assertRegex(report, r"(?m)^ok +device +processors: .*GFLOP/s.*GB/s for sums of 64 MiB over 2 ranks")
+        self.assertEqual(os.listdir(run), ["mine"])
+
+    def test_missing_directory_stays_missing(self):
+        self.doctor("--run", self.folder / "a" / "b", "--model", "tiny")
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+class CoresTest(DoctorTest):
+    def test_threads_on_one_core(self):
+        flags = harness.options.mpiexec.replace("--bind-to none", "--bind-to core:overload-allowed")
+        with mock.patch.object(harness.options, "mpiexec", flags):
+            report = self.doctor(ranks=2, threads=4, code=harness.USER_ERROR)
+        self.assert_bad(report, "cores", "4 threads on 1 core", r"mpirun --map-by ppr:2:node:PE=\d+ --bind-to core")
+
+    def test_idle_cores(self):
+        if CORES < 2:
+            self.skipTest("one core is never idle")
+        self.assert_bad(self.doctor(threads=1, code=harness.USER_ERROR), "cores", f"1 thread on {CORES} cores",
+                        f"--threads {CORES}")
+
+
+class LauncherTest(DoctorTest):
+    def test_ranks_that_are_alone(self):
+        step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
+        with mock.patch.dict(os.environ, step):
+            self.assert_bad(self.doctor(code=harness.USER_ERROR), "launcher", "srun started 4 tasks, but each is alone",
+                            "srun --mpi=pmix")
+        with mock.patch.dict(os.environ, {**step, "SLURM_PROCID": "2"}):
+            self.assertEqual(self.doctor(code=harness.USER_ERROR), "")  # one of them tells
+        with mock.patch.dict(os.environ, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}):
+            self.assert_bad(self.doctor(code=harness.USER_ERROR), "launcher", "one rank alone in Slurm job 7",
+                            "srun --mpi=pmix trainer ..., or mpirun")
+
+    def test_script_that_the_signal_would_end(self):
+        self.script('"$TRAINER" "$@"\nexit $?')
+        report = self.doctor(ranks=2, code=harness.USER_ERROR)
+        self.assert_bad(report, "signals", r"SIGUSR1 would end script \(process \d+\)", "exec")
+
+    def test_script_that_replaces_itself(self):
+        self.script('exec "$TRAINER" "$@"')
+        self.assertRegex(self.doctor(ranks=2, code=0 if CORES > 1 else harness.USER_ERROR),
+                         r"(?m)^ok +signals +SIGUSR1 to \S+ \(process \d+\) reaches every rank")
+
+
+class DirectoryTest(DoctorTest):
+    def test_where_nothing_can_be_written(self):
+        (self.folder / "file").write_text("mine")
+        for run in (self.folder / "file", self.folder / "file" / "run", Path("/proc/regroup-run")):
+            with self.subTest(run.name):
+                report = self.doctor("--run", run, ranks=2, code=harness.USER_ERROR)
+                self.assert_bad(report, "directory", run.name, "--run")
+        self.assertEqual((self.folder / "file").read_text(), "mine")
+
+    @unittest.skipIf(os.geteuid() == 0, "root may write anywhere")
+    def test_read_only(self):
+        run = self.folder / "run"
+        run.mkdir(mode=0o555)
+        report = self.doctor("--run", run, code=harness.USER_ERROR)
+        self.assert_bad(report, "directory", "cannot write into .*Permission denied", "--run")
+
+
+class LimitsTest(DoctorTest):
+    def test_open_files(self):
+        self.script('ulimit -n 100\nexec "$TRAINER" "$@"')
+        self.assert_bad(self.doctor(code=harness.USER_ERROR), "limits", "rank 0 may open 100 files", "ulimit -n")
+
+    def test_file_size(self):
+        self.script('ulimit -f 400000\nexec "$TRAINER" "$@"')
+        self.assert_bad(self.doctor("--model", "base", code=harness.USER_ERROR), "limits", "files of 410 MB at most",
+                        "ulimit -f unlimited")
+
+
+if __name__ == "__main__":
+    harness.main()
