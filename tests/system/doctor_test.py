@@ -4,12 +4,15 @@ fix, and exit code 2; the run directory is left as it was."""
 
 import os
 import shutil
+import subprocess
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import harness
+import slurm_test
+from slurm_cluster import Cluster
 
 CORES = len(os.sched_getaffinity(0))
 SECONDS = 120
@@ -104,6 +107,45 @@ class LauncherTest(DoctorTest):
         self.script('exec "$TRAINER" "$@"')
         self.assertRegex(self.doctor(ranks=2, code=0 if CORES > 1 else harness.USER_ERROR),
                          r"(?m)^ok +signals +SIGUSR1 to \S+ \(process \d+\) reaches every rank")
+
+
+class SlurmTest(DoctorTest):
+    @classmethod
+    def setUpClass(cls):
+        if reason := slurm_test.reason_to_skip():
+            if "CI" in os.environ and os.geteuid() == 0:
+                raise AssertionError(reason)
+            raise unittest.SkipTest(reason)
+        home = tempfile.mkdtemp(prefix="regroup-")
+        cls.addClassCleanup(shutil.rmtree, home, ignore_errors=True)
+        os.chmod(home, 0o755)
+        cls.cluster = Cluster(Path(home) / "slurm")
+        cls.addClassCleanup(cls.cluster.stop)
+        cls.cluster.start()
+
+    def srun(self, *arguments):
+        """Exit code and report of a job step."""
+        environment = {**slurm_test.ENVIRONMENT, **self.cluster.environment}
+        outcome = subprocess.run(["srun", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                 timeout=SECONDS, check=False, cwd=self.folder,
+                                 env={name: str(value) for name, value in environment.items()})
+        return outcome.returncode, outcome.stdout + outcome.stderr
+
+    @unittest.skipIf(CORES < 2, "two ranks need two cores")
+    def test_ranks_of_two_nodes(self):
+        code, report = self.srun("--nodes=2", "--ntasks=2", "--mpi=pmix", harness.options.trainer, "--doctor",
+                                 "--threads", str(CORES // 2), "--run", str(self.folder / "run"))
+        self.assertEqual(code, 0, report)
+        self.assertRegex(report, r"(?m)^ok +launcher +srun, PMIx \d\S*, Slurm job \d+")
+        self.assertRegex(report, r"(?m)^ok +signals +SIGUSR1 to step \d+\.0 \(scancel\) reaches every rank")
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_rank_without_launcher(self):
+        code, report = self.srun("--nodes=2", "--ntasks-per-node=1", "bash", "-c",
+                                 f'[[ $SLURM_PROCID == 1 ]] || exec env -u SLURM_STEP_ID "{harness.options.trainer}" '
+                                 "--doctor")
+        self.assertNotEqual(code, 0, report)
+        self.assert_bad(report, "launcher", r"one rank alone in Slurm job \d+, which has 2 tasks", "mpirun trainer")
 
 
 class DirectoryTest(DoctorTest):

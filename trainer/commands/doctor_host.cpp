@@ -144,9 +144,18 @@ std::string run_program(std::vector<std::string> words,
     result.push_back(nullptr);
     return result;
   };
+  // It is a process of this step too: the signal that it sends must not end it.
+  sigset_t blocked;
+  sigemptyset(&blocked);
+  sigaddset(&blocked, SIGUSR1);
+  posix_spawnattr_t attributes;
+  posix_spawnattr_init(&attributes);
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK);
+  posix_spawnattr_setsigmask(&attributes, &blocked);
   pid_t pid = 0;
-  const int failure = posix_spawnp(&pid, words[0].c_str(), nullptr, nullptr, pointers(words).data(),
+  const int failure = posix_spawnp(&pid, words[0].c_str(), nullptr, &attributes, pointers(words).data(),
                                    pointers(settings).data());
+  posix_spawnattr_destroy(&attributes);
   if (failure != 0) return fmt::format("{}: {}", words[0], std::generic_category().message(failure));
   const auto end = Clock::now() + kProgramPatience;
   for (int status = 0;;) {
