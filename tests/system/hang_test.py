@@ -4,6 +4,7 @@ a whole, or slow, is not."""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -72,6 +73,28 @@ class HangTest(SystemTest):
 
     def test_a_stopped_first_rank_of_two_tensor_parallel_ones(self):
         self.check_a_stopped_rank(0, 2)
+
+    def test_a_rank_that_waits_for_a_file_is_named_with_what_it_does(self):
+        corpus = shutil.copytree(self.corpus, self.folder / "corpus")
+        tokenizer = corpus / "tokenizer.model"  # which rank 0 reads for every checkpoint
+        for ranks in (1, 2):
+            run = self.folder / f"run-{ranks}"
+            command = self.command(run, "--corpus", corpus, "--steps", 10**6, "--save-every", 40)
+            with harness.Job(command, ranks=ranks) as job:
+                self.assertTrue(self.wait_for_training(job, run), "too late")
+                tokenizer.rename(corpus / "aside")
+                os.mkfifo(tokenizer)  # whoever opens it waits for a writer
+                began, pid = job.seconds(), job.rank_pids()[0]
+                outcome = job.finish(began + SECONDS_TO_END)
+            self.assertEqual(outcome.code, HUNG, outcome)
+            told = [text for _, text in outcome.messages if "the job hangs" in text]
+            self.assertEqual(len(told), 1, outcome)
+            self.assertRegex(told[0], rf"rank 0 on .* \(process {pid}\), at step \d+ in 'saving a checkpoint', has not")
+            if ranks == 2:
+                self.assertRegex(told[0], r"; rank 1 on .*, at step \d+ in broadcast of 'saving a checkpoint', waits")
+            (corpus / "aside").replace(tokenizer)
+            steps = max([0, *harness.saved_steps(run)]) + 10
+            self.train(harness.changed(command, "--steps", steps), ranks=ranks)
 
     def test_a_job_suspended_as_a_whole_goes_on(self):
         run = self.folder / "run"
