@@ -4,19 +4,18 @@
 Ranks meet their faults through regroup_fault_preload (tests/support/fault_preload.cpp, which says what a fault is).
 """
 
-import os
+import json
 import re
 import shutil
 import subprocess
-import unittest
 
 import harness
 from harness import changed, step_directory
 from resume_test import SAVE_EVERY, STEPS, InterruptedRun
 
 # Starts that come to no new checkpoint are what this is about.
-UNLIMITED = []
-SYNCHRONOUS = []
+UNLIMITED = ["--restart-budget", 0]
+SYNCHRONOUS = ["--background-save", "off"]
 
 
 class FaultTest(InterruptedRun):
@@ -57,7 +56,6 @@ class KillTest(FaultTest):
                 outcome = self.meet(f"kill@{fault}")
                 rank = re.search(r"rank=(\d)", fault).group(1)
                 self.assertRegex(outcome.stderr, rf"rank {rank} .*exited on signal 9")
-        self.complete()
 
 
 class TrainingTest(KillTest):
@@ -74,21 +72,24 @@ class TrainingTest(KillTest):
                   "dnnl_primitive_execute:25,rank=1,after=MPI_Allreduce:80",  # backward
                   "MPI_Allreduce:60,rank=0",                                  # reductions
                   "MPI_Allreduce-after:61,rank=1")
+        self.complete()
 
     def test_tensor_parallel(self):
         # Reductions are within forward and backward.
         self.begin("tp2")
         self.kill("MPI_Allreduce:100,rank=0", "MPI_Allreduce-after:111,rank=1",
                   "dnnl_primitive_execute:30,rank=0,after=MPI_Allreduce:122")
+        self.complete()
 
 
 class SaveTest(KillTest):
     """In each phase of a save, which rank 0 begins and ends and all ranks write."""
 
+    changes = ("--precision", "fp32")  # which leaves the exchange in tensor-parallel groups to saves
+
     def test_data_parallel(self):
         self.begin("dp2")
-        self.kill(r"mkdir,rank=0,path={step}\.partial",
-                  r"mkdir-after,rank=0,path={step}\.partial",
+        self.kill(r"mkdir-after,rank=0,path={step}\.partial",
                   r"open:3,rank=0,path={step}\.partial/",
                   r"pwrite:1,rank=0,path={step}\.partial/",
                   r"pwrite-after:1,rank=1,path={step}\.partial/",
@@ -99,23 +100,27 @@ class SaveTest(KillTest):
                   r"rename,rank=0,path=/{step}$",
                   r"rename-after,rank=0,path=/{step}$",
                   r"rename,rank=0,path=/latest$")
+        self.complete()
         self.assertEqual((self.run_folder / "checkpoints" / "latest").read_text().strip(),
                          step_directory(self.run_folder, STEPS).name)
 
     def test_removal_of_old_steps(self):
         self.begin("dp2")
-        self.kill(r"rename-after:2,rank=0,path=/latest$", r"rename,rank=0,path=\.deleting$",
-                  r"rename-after,rank=0,path=\.deleting$")
+        self.kill(r"rename,rank=0,path=\.deleting$", r"rename-after,rank=0,path=\.deleting$")
+        self.complete()
 
     def test_tensor_parallel(self):
         self.begin("tp2")
-        self.kill("MPI_Alltoallv:1,rank=0", "MPI_Alltoallv-after:1,rank=1",
-                  r"pwrite:1,rank=1,path={step}\.partial/", r"rename,rank=0,path=/{step}$")
+        for exchange in ("MPI_Alltoallv:1,rank=0", "MPI_Alltoallv-after:1,rank=1"):
+            self.kill(exchange)
+            self.assertEqual(harness.unfinished(self.run_folder), [f"step-{SAVE_EVERY:08}.partial"])
+        self.kill(r"pwrite:1,rank=1,path={step}\.partial/", r"rename,rank=0,path=/{step}$")
+        self.complete()
 
     def test_synchronous(self):
         self.begin("tp2", *SYNCHRONOUS)
-        self.kill(r"pwrite:1,rank=0,path={step}\.partial/", r"pwrite-after:1,rank=1,path={step}\.partial/",
-                  r"rename,rank=0,path=/{step}$", r"rename-after,rank=0,path=/{step}$")
+        self.kill(r"pwrite-after:1,rank=1,path={step}\.partial/", r"rename,rank=0,path=/{step}$")
+        self.complete()
 
 
 class DiskTest(FaultTest):
@@ -130,19 +135,12 @@ class DiskTest(FaultTest):
 
     def test_full(self):
         self.begin("dp2")
-        full = "No space left on device"
+        self.meet(r"kill@rename-after,rank=0,path=/latest$")
         for fault in (r"mkdir,path={step}\.partial", r"open,path={step}\.partial/", r"fallocate,path={step}\.partial/",
                       r"pwrite:1,path={step}\.partial/", r"fdatasync:1,path={step}\.partial/",
                       r"write:1,path={step}\.partial/trainer\.json", r"rename,path=/{step}$"):
-            self.refused(f"ENOSPC@{fault}", full)
-            self.begin_next()
+            self.refused(f"ENOSPC@{fault}", "No space left on device")
         self.complete()
-
-    def begin_next(self):
-        """One good save in between: the fault meets another step each time."""
-        steps = self.next_step()
-        if steps < STEPS:
-            self.meet(r"kill@rename-after,rank=0,path=/{step}$")
 
     def test_input_output_error(self):
         self.begin("tp2")
@@ -167,7 +165,7 @@ class DiskTest(FaultTest):
         disk.mkdir()
         self.begin("dp2")
         size = sum(path.stat().st_size for path in step_directory(self.whole.run, STEPS).iterdir())
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2 + 2**20}", "tmpfs", disk],
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2 + 2**18}", "tmpfs", disk],
                                  capture_output=True)
         if mounted.returncode != 0:
             self.skipTest(f"no file system may be mounted here: {mounted.stderr.decode().strip()}")
@@ -176,7 +174,7 @@ class DiskTest(FaultTest):
         self.command = changed(self.command, "--run", self.run_folder)
         outcome = harness.run([*self.command, "--keep-every", SAVE_EVERY], seconds=harness.SECONDS_TO_FAIL)
         self.assert_refused(outcome, "cannot write .*: No space left on device")
-        self.assertEqual(harness.saved_steps(self.run_folder), [SAVE_EVERY, 2 * SAVE_EVERY])
+        self.assertIn(len(harness.saved_steps(self.run_folder)), (1, 2), "some, but not all")
         self.assert_steps_intact(self.run_folder, self.whole)
         subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
         self.complete()
@@ -245,6 +243,54 @@ class DamageTest(FaultTest):
         self.assertEqual(outcome.code, harness.USER_ERROR, outcome)
         self.assertRegex(outcome.messages[-1][1], "checkpoint")
         self.assertEqual(sorted(harness.tree(self.run_folder / "checkpoints").values()), before, "nothing is lost")
+
+
+class DivergenceTest(KillTest):
+    """Spikes, which with such a threshold are but the higher norms, are the same ones after a kill."""
+
+    SPIKES = ("--spike-threshold", 0.7)
+
+    def events(self, run, name):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["step"] for line in lines if line["kind"] == "event" and line["name"] == name]
+
+
+class SkipTest(DivergenceTest):
+    """Their updates are left out."""
+
+    changes = ("--on-divergence", "skip", *DivergenceTest.SPIKES)
+
+    def test_killed(self):
+        self.begin("dp2")
+        skipped = self.events(self.whole.run, "skip")
+        self.assertGreater(len(skipped), 0)
+        self.kill("MPI_Allreduce:110,rank=1", "MPI_Allreduce:80,rank=0")
+        self.complete()
+        self.assertEqual(self.events(self.run_folder, "skip"), skipped)
+        steps = {line["step"] for line in harness.metrics(self.run_folder, "train")}
+        self.assertEqual(set(range(1, STEPS + 1)) - steps, set(skipped))
+
+    def test_stop(self):
+        self.begin("dp2")
+        stop = changed(self.command, "--on-divergence", "stop")
+        outcome = harness.run(stop, seconds=harness.SECONDS_TO_FAIL)
+        self.assert_refused(outcome, r"step \d+: the gradient's norm of .* is a spike.*--on-divergence skip")
+        self.assert_steps_intact(self.run_folder, self.whole)
+        self.complete()
+
+
+class RollbackTest(DivergenceTest):
+    """The run goes back to its last checkpoint, and on with other samples."""
+
+    changes = ("--on-divergence", "rollback", *DivergenceTest.SPIKES)
+
+    def test_killed(self):
+        self.begin("dp2")
+        self.assertGreater(len(self.events(self.whole.run, "rollback")), 0)
+        self.assertGreater(harness.metrics(self.whole.run, "train")[-1]["samples"], STEPS * 8, "some were left out")
+        self.kill("MPI_Allreduce:110,rank=1", "MPI_Allreduce:80,rank=0")
+        self.complete()
+        self.assertGreater(len(self.events(self.run_folder, "rollback")), 0)
 
 
 class OneJobTest(FaultTest):

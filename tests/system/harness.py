@@ -308,7 +308,7 @@ def evaluations(run_folder):
 
 def is_report(message):
     """Whether a line of the program is one of those that a run prints before anything can go wrong with it."""
-    return re.match(r"configuration:|  \S+ = |[\d,]+ parameters; |matmul peak|held-out loss|resuming |step \d+:|"
+    return re.match(r"configuration:|  \S+ = |[\d,]+ parameters; |matmul peak|held-out loss|resuming |step \d+: (?:saved|held-out) |"
                     r"read \d+ documents|left out \d+|  \S+:\d+: ", message) is not None
 
 

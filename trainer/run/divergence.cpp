@@ -17,7 +17,7 @@ constexpr double kSmallestDeviation = 1e-3;
 std::optional<std::string> judge(const char* what, double value, double largest) {
   if (!std::isfinite(value)) return fmt::format("{} is {}", what, value);
   if (value > largest) {
-    return fmt::format("{} of {:.4g} is a spike: recent steps make at most {:.4g} likely", what, value,
+    return fmt::format("{} of {:.4g} is a spike, above the {:.4g} that recent steps make likely", what, value,
                        largest);
   }
   return std::nullopt;

@@ -52,7 +52,7 @@ TEST(Divergence, ASpikeIsSoManyDeviationsAboveTheMean) {
   const double largest = divergence.largest_norm(6);
   EXPECT_FALSE(divergence.judge_norm(largest, 6));
   EXPECT_TRUE(divergence.judge_norm(std::nextafter(largest, kInfinity), 6));
-  EXPECT_EQ(divergence.judge_loss(400, 6)->substr(0, 27), "the loss of 400 is a spike:");
+  EXPECT_EQ(divergence.judge_loss(400, 6)->substr(0, 27), "the loss of 400 is a spike,");
   // Threshold 0: only what is not finite.
   EXPECT_FALSE(divergence.judge_loss(1e30, 0));
   EXPECT_EQ(divergence.largest_norm(0), kInfinity);
