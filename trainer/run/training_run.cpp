@@ -325,7 +325,7 @@ void TrainingRun::update(const LossSums& sums, double began, double waited) {
 // the same on all of them.
 void TrainingRun::diverged(const std::string& reason) {
   state_.divergence.reject();
-  const std::string what = fmt::format("step {}: {}", state_.step + 1, reason);
+  const std::string what = fmt::format("{} at step {}", reason, state_.step + 1);
   const bool hopeless = state_.divergence.hopeless();
   if (options_.on_divergence == "rollback" && !hopeless) return roll_back(what);
   if (options_.on_divergence == "stop" || hopeless) {
