@@ -89,11 +89,11 @@ job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format '%T %r' 2>/dev/n
 
 # requeue CODE: puts this job back into the queue and exits.
 requeue() {
-  local attempt
-  for attempt in 1 2 3; do
-    say "Back into the queue"
+  local wait
+  say "Putting the job back into the queue"
+  for wait in 0 5 30; do
+    sleep "$wait"
     if scontrol requeue "$SLURM_JOB_ID"; then exit "$1"; fi
-    sleep $((5 * attempt))
   done
   stop "$1" "COULD NOT BE PUT BACK INTO THE QUEUE: submit the job again, the same command resumes"
 }

@@ -28,8 +28,6 @@ SlurmdSpoolDir={folder}/spool-%n
 TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
 MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -132,7 +130,7 @@ class Cluster:
 
     def logs(self):
         """The ends of the daemons' logs, for a message."""
-        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out"), *self.folder.glob("munge/log")])
+        files = sorted(self.folder.glob("*.out"))
         return "".join(f"---- {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
     # Pids and environments of the processes of this cluster's jobs.
