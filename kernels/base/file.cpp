@@ -105,6 +105,10 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> bytes) const {
   }
 }
 
+void InputFile::prefetch(std::uint64_t offset, std::uint64_t bytes) const {
+  ::posix_fadvise(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_WILLNEED);
+}
+
 OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)) {
   aside_ = path_;
   aside_ += fmt::format(".{}.partial", ::getpid());

@@ -26,6 +26,8 @@ class InputFile {
   std::uint64_t size() const { return size_; }  // bytes
   // Fills `bytes` from `offset`. Throws UserError ("truncated") where the file ends before.
   void read(std::uint64_t offset, std::span<std::byte> bytes) const;
+  // Lets the system begin to read what will be asked for soon.
+  void prefetch(std::uint64_t offset, std::uint64_t bytes) const;
 
  private:
   std::filesystem::path path_;

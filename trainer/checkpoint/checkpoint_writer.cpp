@@ -69,6 +69,7 @@ void CheckpointWriter::save(index_t step, nlohmann::json state,
   };
   auto* const staging = static_cast<std::byte*>(staging_.data());
   for (std::size_t round = 0; round < rounds; ++round) {
+    world_.heartbeat().beat("saving a checkpoint");
     gather_->gather(round, staging, options_.block_bytes);
     if (round + 1 < rounds) attempt([&] { write(round); });
   }

@@ -152,6 +152,48 @@ bool is_step_with(const std::string& name, std::string_view ending) {
   return name.ends_with(ending) && step_of(name.substr(0, name.size() - ending.size())).has_value();
 }
 
+// Some bytes of one of several files.
+struct FilePart {
+  std::size_t file = 0;
+  std::uint64_t begin = 0, bytes = 0;
+};
+
+// The blocks of the files, counted through all of them, that are `rank`'s of `ranks`.
+std::vector<FilePart> blocks_of(const std::vector<std::uint64_t>& sizes, std::uint64_t block_bytes,
+                                std::uint64_t rank, std::uint64_t ranks) {
+  std::vector<FilePart> result;
+  std::uint64_t number = 0;
+  for (std::size_t f = 0; f < sizes.size(); ++f) {
+    for (std::uint64_t begin = 0; begin < sizes[f]; begin += block_bytes) {
+      if (number++ % ranks == rank) {
+        result.push_back({.file = f, .begin = begin, .bytes = std::min(block_bytes, sizes[f] - begin)});
+      }
+    }
+  }
+  return result;
+}
+
+std::vector<std::uint64_t> checksums_of(const std::vector<FilePart>& parts,
+                                        const std::vector<std::filesystem::path>& files,
+                                        Heartbeat& heartbeat) {
+  constexpr std::size_t kAhead = 8;  // parts: the disk has work while one is summed
+  std::vector<InputFile> open;
+  for (const auto& file : files) open.emplace_back(file);
+  std::vector<std::uint64_t> result;
+  std::vector<std::byte> memory;
+  std::size_t asked = 0;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    heartbeat.beat("checking a checkpoint");
+    for (; asked < std::min(parts.size(), i + kAhead); ++asked) {
+      open[parts[asked].file].prefetch(parts[asked].begin, parts[asked].bytes);
+    }
+    memory.resize(parts[i].bytes);
+    open[parts[i].file].read(parts[i].begin, memory);
+    result.push_back(checksum(memory));
+  }
+  return result;
+}
+
 }  // namespace
 
 std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
@@ -166,20 +208,8 @@ std::vector<std::uint64_t> tree_checksums(const ProcessGroup& group,
   const auto ranks = static_cast<std::uint64_t>(group.size());
   const auto me = static_cast<std::uint64_t>(group.rank());
   std::vector<std::uint64_t> mine;
-  group.run_together([&] {
-    std::vector<std::byte> block;
-    std::uint64_t number = 0;  // of a block, through all files
-    for (std::size_t f = 0; f < files.size(); ++f) {
-      const InputFile file(files[f]);
-      for (std::uint64_t offset = 0; offset < sizes[f]; offset += block_bytes) {
-        if (number++ % ranks != me) continue;
-        group.heartbeat().beat("checking a checkpoint");
-        block.resize(std::min(block_bytes, sizes[f] - offset));
-        file.read(offset, block);
-        mine.push_back(checksum(block));
-      }
-    }
-  });
+  group.run_together(
+      [&] { mine = checksums_of(blocks_of(sizes, block_bytes, me, ranks), files, group.heartbeat()); });
   const auto blocks = group.all_gather(mine);
   std::vector<std::uint64_t> result;
   std::uint64_t number = 0;
