@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <regex>
+#include <stdexcept>
 #include <string>
 #include <sys/stat.h>
 #include <type_traits>
@@ -50,19 +51,12 @@ std::string environment(const char* name) {
 class Fault {
  public:
   explicit Fault(const std::string& text) {
-    static const std::regex kForm(
-        R"(([A-Za-z]+)@([\w-]+(?::\d+)?)(?:,rank=(\d+))?(?:,path=([^,]+))?(?:,after=([\w-]+:\d+))?)");
-    if (text.empty()) return;
-    std::smatch part;
-    if (!std::regex_match(text, part, kForm) || !kActions.contains(part[1])) {
-      ::dprintf(STDERR_FILENO, "REGROUP_FAULT=%s is not of its form\n", text.c_str());
+    try {
+      if (!text.empty()) parse(text);
+    } catch (const std::exception& error) {
+      ::dprintf(STDERR_FILENO, "REGROUP_FAULT=%s: %s\n", text.c_str(), error.what());
       std::raise(SIGKILL);
     }
-    if (part[3].matched && part[3] != environment("OMPI_COMM_WORLD_RANK")) return;
-    action_ = kActions.at(part[1]);
-    moment_ = count_of(part[2]);
-    if (part[4].matched) path_ = std::regex(part[4].str());
-    if (part[5].matched) after_ = count_of(part[5]);
   }
 
   // A call of the function; `path` gives what it is about. The errno to fail with, or 0.
@@ -81,6 +75,18 @@ class Fault {
   }
 
  private:
+  void parse(const std::string& text) {
+    static const std::regex kForm(
+        R"(([A-Za-z]+)@([\w-]+(?::\d+)?)(?:,rank=(\d+))?(?:,path=([^,]+))?(?:,after=([\w-]+:\d+))?)");
+    std::smatch part;
+    if (!std::regex_match(text, part, kForm)) throw std::invalid_argument("not of the form of a fault");
+    if (part[3].matched && part[3] != environment("OMPI_COMM_WORLD_RANK")) return;
+    moment_ = count_of(part[2]);
+    if (part[4].matched) path_ = std::regex(part[4].str());
+    if (part[5].matched) after_ = count_of(part[5]);
+    action_ = kActions.at(part[1]);
+  }
+
   int action_ = 0;  // -signal or errno; 0: none
   Count moment_;
   std::optional<std::regex> path_;

@@ -13,8 +13,6 @@ import harness
 from harness import changed, step_directory
 from resume_test import SAVE_EVERY, STEPS, InterruptedRun
 
-# Starts that come to no new checkpoint are what this is about.
-UNLIMITED = ["--restart-budget", 0]
 SYNCHRONOUS = ["--background-save", "off"]
 
 
@@ -23,7 +21,7 @@ class FaultTest(InterruptedRun):
         """A fresh run of the layout's reference."""
         self.run_folder = self.folder / "run"
         self.whole = self.reference(layout)
-        self.command = [*self.whole.command, *UNLIMITED, *more, "--run", self.run_folder]
+        self.command = [*self.whole.command, *more, "--run", self.run_folder]
 
     def next_step(self):
         """The step of the next save."""
@@ -138,7 +136,8 @@ class DiskTest(FaultTest):
         self.meet(r"kill@rename-after,rank=0,path=/latest$")
         for fault in (r"mkdir,path={step}\.partial", r"open,path={step}\.partial/", r"fallocate,path={step}\.partial/",
                       r"pwrite:1,path={step}\.partial/", r"fdatasync:1,path={step}\.partial/",
-                      r"write:1,path={step}\.partial/trainer\.json", r"rename,path=/{step}$"):
+                      r"write:1,path={step}\.partial/trainer\.json", r"rename,path=/{step}$",
+                      r"write:20,path=/metrics\.jsonl", rf"pwrite:1,path=step-{STEPS:08}\.partial/"):
             self.refused(f"ENOSPC@{fault}", "No space left on device")
         self.complete()
 
@@ -234,6 +233,14 @@ class DamageTest(FaultTest):
         for name in self.FILES:
             self.check(name, "missing")
 
+    def test_killed_while_setting_aside(self):
+        self.begin("dp2")
+        self.damage(self.NEWEST, "model.safetensors", "flipped")
+        for moment in ("rename", "rename-after"):
+            outcome = harness.run(self.command, fault=rf"kill@{moment},rank=0,path=\.damaged$")
+            self.assertRegex(outcome.stderr, "exited on signal 9")
+        self.complete()
+
     def test_nothing_intact_is_left(self):
         self.begin("dp2")
         for step in (self.NEWEST, self.OLDER):
@@ -274,7 +281,7 @@ class SkipTest(DivergenceTest):
         self.begin("dp2")
         stop = changed(self.command, "--on-divergence", "stop")
         outcome = harness.run(stop, seconds=harness.SECONDS_TO_FAIL)
-        self.assert_refused(outcome, r"step \d+: the gradient's norm of .* is a spike.*--on-divergence skip")
+        self.assert_refused(outcome, r"the gradient's norm of .* is a spike.* at step \d+.*--on-divergence skip")
         self.assert_steps_intact(self.run_folder, self.whole)
         self.complete()
 
@@ -291,6 +298,29 @@ class RollbackTest(DivergenceTest):
         self.kill("MPI_Allreduce:110,rank=1", "MPI_Allreduce:80,rank=0")
         self.complete()
         self.assertGreater(len(self.events(self.run_folder, "rollback")), 0)
+
+
+class BudgetTest(FaultTest):
+    """Starts that come to no new checkpoint end at some time."""
+
+    def test_budget(self):
+        self.begin("dp2")
+        unlimited, limited = self.command, changed(self.command, "--restart-budget", 2)
+        before_save = r"kill@mkdir,rank=0,path={step}\.partial"
+        self.command = limited
+        for _ in range(2):
+            self.meet(before_save)
+        before = harness.tree(self.run_folder)
+        for _ in range(2):
+            outcome = harness.run(self.command, seconds=harness.SECONDS_TO_FAIL)
+            self.assert_refused(outcome, "the last 2 starts of .*run came to no new checkpoint.*--restart-budget 0",
+                                code=harness.NO_PROGRESS)
+        self.assertEqual(harness.tree(self.run_folder), before)
+        self.command = unlimited
+        self.meet(rf"kill@mkdir,rank=0,path=step-{2 * SAVE_EVERY:08}\.partial")
+        self.command = limited  # there is a new checkpoint: the count begins anew
+        self.meet(before_save)
+        self.complete()
 
 
 class OneJobTest(FaultTest):

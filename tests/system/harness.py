@@ -21,6 +21,7 @@ import unittest
 from pathlib import Path
 
 SAVED_AND_STOPPED = 75
+NO_PROGRESS = 77
 USER_ERROR = 2
 # A job that a wrong input ends must be gone within seconds; the rest is for a machine with other things to do.
 SECONDS_TO_FAIL = 60
