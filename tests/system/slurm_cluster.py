@@ -1,4 +1,4 @@
-"""A Slurm of three nodes on this machine: munge, slurmctld and three slurmd, with everything they have in one folder."""
+"""A Slurm of three nodes on this machine: munge, slurmctld and three slurmd, with all they have in one folder."""
 
 import os
 import re
@@ -39,8 +39,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=1000
 SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
-MessageTimeout=3
-SlurmdTimeout=3
+MessageTimeout=10
+SlurmdTimeout=8
 KillWait=3
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -101,8 +101,8 @@ class Cluster:
     def start_daemon(self, name, *arguments, key=None):
         with open(self.folder / f"{key or name}.out", "ab") as output:
             self.daemons[key or name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", name, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment,
-                cwd=self.folder, start_new_session=True)
+                ["setpriv", "--pdeathsig", "KILL", name, *arguments], stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, env=self.environment, cwd=self.folder, start_new_session=True)
 
     def start_node(self, node):
         self.start_daemon("slurmd", "-D", "-N", node, key=node)

@@ -17,7 +17,7 @@ ALPHA = 8
 STEPS = PARENT_STEPS * (1 + ALPHA)
 TRAINING = [*DATA, "--precision", "fp32", "--warmup", 10, "--learning-rate", 0.1, "--evaluate-every", 100]
 UPTRAINING = [*TRAINING, "--alpha", ALPHA, "--save-every", 50, "--progress-every", 50]
-ENDLESS = [*TRAINING, "--alpha", 100, "--save-every", 1000, "--progress-every", 1000]
+ENDLESS = [*MODEL[2:], *TRAINING, "--steps", 10**7, "--save-every", 10**6, "--progress-every", 10**4]
 LAUNCHERS = {
     "srun": {"LAUNCHER": "srun", "LAUNCHER_FLAGS": "--wait=5"},  # where the others do not notice that a rank is gone
     "mpirun": {"LAUNCHER": "mpirun"},
@@ -83,19 +83,39 @@ class SlurmTest(SystemTest):
         self.jobs.append(job)
         return job
 
-    def uptrain(self, launcher=None, arguments=UPTRAINING, flags=(), **environment):
-        return self.submit("uptrain.sbatch", arguments, {
+    def uptrain(self, launcher=None, flags=(), **environment):
+        return self.submit("uptrain.sbatch", UPTRAINING, {
             "CORPUS": self.corpus, "PARENT": self.parent, "RUN": "run", "KV_GROUPS": 2,
             **(LAUNCHERS[launcher] if launcher else {}), **environment}, flags=flags)
 
     def uptrain_by_each_launcher(self, **how):
         return [self.uptrain(launcher, **how) for launcher in LAUNCHERS]
 
-    def wait_for_steps(self, job, bytes_of_metrics=20000):
-        """Until the job's run has got on since it was last looked at."""
-        size = harness.size_of(job.run / "metrics.jsonl")
-        job.wait_until(lambda: harness.size_of(job.run / "metrics.jsonl") > size + bytes_of_metrics, "it trains",
-                       SECONDS)
+    def pretrain(self, arguments, launcher=None, flags=()):
+        return self.submit("pretrain.sbatch", arguments, {
+            "CORPUS": self.corpus, "RUN": "run", "MODEL": "tiny",
+            **(LAUNCHERS[launcher] if launcher else {})}, flags=flags)
+
+    def hold(self, jobs):
+        """Stops the ranks of each job as soon as it has a checkpoint, so that no job ends before something happens to
+        it; the ranks of each."""
+        ranks = {}
+
+        def all_held():
+            for job in jobs:
+                if job not in ranks and harness.saved_steps(job.run):
+                    ranks[job] = job.processes(harness.options.trainer)
+                    for pid in ranks[job]:
+                        kill(pid, signal.SIGSTOP)
+            return len(ranks) == len(jobs)
+
+        jobs[-1].wait_until(all_held, "all save", SECONDS)
+        return ranks
+
+    @staticmethod
+    def release(ranks):
+        for pid in sum(ranks.values(), []):
+            kill(pid, signal.SIGCONT)
 
     def assert_ends_undisturbed(self, job, starts):
         self.assertEqual(job.wait_for_end(SECONDS), "COMPLETED", job.log())
@@ -118,18 +138,20 @@ class SlurmTest(SystemTest):
 
     def test_signals_to_the_script(self):
         jobs = [(job, name) for name in ("USR1", "TERM") for job in self.uptrain_by_each_launcher()]
+        ranks = self.hold([job for job, _ in jobs])
         for job, name in jobs:
-            self.wait_for_steps(job)
             job.signal(name)
+        self.release(ranks)
         for job, name in jobs:
             self.assert_ends_undisturbed(job, starts=2)
             self.assertRegex(job.log(), rf"Got SIG{name}(?s:.)*saved at step \d+(?s:.)*Exit code 75 after")
 
     def test_killed_rank(self):
         jobs = self.uptrain_by_each_launcher()
+        ranks = self.hold(jobs)
         for job, rank in zip(jobs, (1, 0)):
-            self.wait_for_steps(job)
-            kill(job.processes(harness.options.trainer)[rank])
+            kill(ranks[job][rank])
+        self.release(ranks)
         for job in jobs:
             self.assert_ends_undisturbed(job, starts=2)
 
@@ -138,9 +160,9 @@ class SlurmTest(SystemTest):
         failing = NODES[1]
         jobs = [self.uptrain(launcher, flags=[f"--nodelist={','.join(nodes)}"])
                 for launcher, nodes in zip(LAUNCHERS, (NODES[:2], NODES[1:]))]
-        for job in jobs:
-            self.wait_for_steps(job)
+        ranks = self.hold(jobs)
         self.cluster.fail_node(failing)
+        self.release(ranks)
         for job in jobs:
             job.wait_until(lambda job=job: job.field("JobState") == "PENDING", "it waits for the node", SECONDS)
         self.cluster.start_node(failing)
@@ -149,12 +171,14 @@ class SlurmTest(SystemTest):
 
     def test_cancellation_and_time_limit(self):
         # Slurm looks after limits every 30 seconds, and signals up to a minute earlier than told.
-        jobs = self.uptrain_by_each_launcher(arguments=ENDLESS, flags=["--time=1", "--signal=B:USR1@30"])
+        jobs = [self.pretrain(ENDLESS, launcher, ["--time=1", "--signal=B:USR1@30"]) for launcher in LAUNCHERS]
         for job in jobs:
             job.wait_until(lambda job=job: job.field("Restarts") == "1", "it is put back at the time limit", SECONDS)
             self.assertRegex(job.log(), r"Got SIGUSR1(?s:.)*saved at step \d+(?s:.)*Exit code 75 after")
         for job in jobs:
-            self.wait_for_steps(job)
+            size = harness.size_of(job.run / "metrics.jsonl")
+            job.wait_until(lambda job=job, size=size: harness.size_of(job.run / "metrics.jsonl") > size, "it goes on",
+                           SECONDS)
             self.cluster.call("scancel", job.id)
         for job in jobs:
             self.assertEqual(job.wait_for_end(SECONDS), "CANCELLED", job.log())
@@ -181,9 +205,9 @@ class SlurmTest(SystemTest):
         self.assertIn("Not put back into the queue: 5 failures in a row", self.hopeless.log())
 
     def test_pretraining(self):
-        job = self.submit("pretrain.sbatch", [*MODEL[2:], *TRAINING, "--steps", PARENT_STEPS],
-                          {"CORPUS": self.corpus, "RUN": "run", "MODEL": "tiny"})
+        job = self.pretrain([*MODEL[2:], *TRAINING, "--steps", PARENT_STEPS])
         self.assertEqual(job.wait_for_end(SECONDS), "COMPLETED", job.log())
+        self.assertEqual(job.field("Restarts"), "0", job.log() + self.cluster.logs())
         self.assertEqual(harness.losses(job.run), harness.losses(self.parent))
 
     def test_preparing_data(self):
@@ -192,6 +216,7 @@ class SlurmTest(SystemTest):
                 "INPUT": self.home / "text.jsonl", "TOKENIZER": self.home / "tokenizer.model",
                 "CORPUS": self.folder / "corpus"})
             self.assertEqual(job.wait_for_end(SECONDS), "COMPLETED", job.log())
+            self.assertEqual(job.field("Restarts"), "0", job.log() + self.cluster.logs())
             self.assertEqual(harness.tree(self.folder / "corpus"), harness.tree(self.corpus))
         self.assertIn("is complete already", job.log())
 
