@@ -21,11 +21,33 @@ namespace {
 
 constexpr std::uint64_t kBlock = std::uint64_t{1} << 20;
 
+// Throws what errno `code` means: UserError where a person has to put something right, SystemError where the
+// same call may succeed later or on another machine.
+[[noreturn]] void fail(const char* what, const std::filesystem::path& path, int code) {
+  switch (code) {
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+    case EROFS:
+    case EACCES:
+    case EPERM:
+    case ENOENT:
+    case EEXIST:
+    case ENOTDIR:
+    case EISDIR:
+    case ELOOP:
+    case ENAMETOOLONG:
+      throw UserError("cannot {} {}: {}", what, path.string(), std::strerror(code));
+    default:
+      throw SystemError("cannot {} {}: {}", what, path.string(), std::strerror(code));
+  }
+}
+
 // Open descriptor that closes itself; for the short-lived uses in this file.
 class Descriptor {
  public:
   Descriptor(const std::filesystem::path& path, int flags) : fd_(::open(path.c_str(), flags | O_CLOEXEC)) {
-    if (fd_ < 0) throw UserError("cannot open {}: {}", path.string(), std::strerror(errno));
+    if (fd_ < 0) fail("open", path, errno);
   }
   ~Descriptor() { ::close(fd_); }
   Descriptor(const Descriptor&) = delete;
@@ -35,23 +57,6 @@ class Descriptor {
  private:
   int fd_;
 };
-
-[[noreturn]] void fail_to_write(const std::filesystem::path& path, int code) {
-  switch (code) {
-    case ENOSPC:
-    case EDQUOT:
-    case EFBIG:
-    case EROFS:
-    case EACCES:
-    case EPERM:
-    case ENOENT:
-    case ENOTDIR:
-    case EISDIR:
-      throw UserError("cannot write {}: {}", path.string(), std::strerror(code));
-    default:
-      throw SystemError("cannot write {}: {}", path.string(), std::strerror(code));
-  }
-}
 
 // Gives the open file `size` bytes, taken from the disk where the file system can do so. 0 or errno.
 int reserve(int descriptor, std::uint64_t size) {
@@ -73,7 +78,7 @@ std::filesystem::path parent_of(const std::filesystem::path& path) {
 
 InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
   descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor_ < 0) throw UserError("cannot read {}: {}", path_.string(), std::strerror(errno));
+  if (descriptor_ < 0) fail("read", path_, errno);
   struct stat status {};
   if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(descriptor_);
@@ -95,8 +100,7 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> bytes) const {
     const ssize_t got =
         ::pread(descriptor_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0)
-      throw SystemError("reading {} at byte {}: {}", path_.string(), offset + done, std::strerror(errno));
+    if (got < 0) fail("read", path_, errno);
     if (got == 0) {
       throw UserError("{} is truncated: {} bytes at offset {} were expected, it ends at byte {}",
                       path_.string(), bytes.size(), offset, offset + done);
@@ -113,7 +117,7 @@ OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)) {
   aside_ = path_;
   aside_ += fmt::format(".{}.partial", ::getpid());
   descriptor_ = ::open(aside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (descriptor_ < 0) throw UserError("cannot write {}: {}", path_.string(), std::strerror(errno));
+  if (descriptor_ < 0) fail("write", path_, errno);
 }
 
 OutputFile::~OutputFile() {
@@ -132,7 +136,7 @@ void OutputFile::write(std::span<const std::byte> bytes) {
   while (done < bytes.size()) {
     const ssize_t put = ::write(descriptor_, bytes.data() + done, bytes.size() - done);
     if (put < 0 && errno == EINTR) continue;
-    if (put < 0) throw UserError("cannot write {}: {}", path_.string(), std::strerror(errno));
+    if (put < 0) fail("write", path_, errno);
     done += static_cast<std::size_t>(put);
   }
 }
@@ -140,14 +144,14 @@ void OutputFile::write(std::span<const std::byte> bytes) {
 void OutputFile::write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
 
 void OutputFile::commit() {
-  if (::fsync(descriptor_) != 0) throw UserError("cannot write {}: {}", path_.string(), std::strerror(errno));
+  if (::fsync(descriptor_) != 0) fail("write", path_, errno);
   ::close(std::exchange(descriptor_, -1));
   rename_durably(aside_, path_);
 }
 
 SharedOutputFile::SharedOutputFile(std::filesystem::path path) : path_(std::move(path)) {
   descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
-  if (descriptor_ < 0) fail_to_write(path_, errno);
+  if (descriptor_ < 0) fail("write", path_, errno);
 }
 
 SharedOutputFile::~SharedOutputFile() {
@@ -163,7 +167,7 @@ void SharedOutputFile::write(std::uint64_t offset, std::span<const std::byte> by
     const ssize_t put =
         ::pwrite(descriptor_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
     if (put < 0 && errno == EINTR) continue;
-    if (put < 0) fail_to_write(path_, errno);
+    if (put < 0) fail("write", path_, errno);
     done += static_cast<std::size_t>(put);
   }
   // The disk works while the next part is made; a file system that cannot will do it all in sync().
@@ -172,7 +176,7 @@ void SharedOutputFile::write(std::uint64_t offset, std::span<const std::byte> by
 }
 
 void SharedOutputFile::sync() const {
-  if (::fdatasync(descriptor_) != 0) fail_to_write(path_, errno);
+  if (::fdatasync(descriptor_) != 0) fail("write", path_, errno);
 }
 
 void create_file(const std::filesystem::path& path, std::uint64_t size) {
@@ -185,26 +189,34 @@ void create_file(const std::filesystem::path& path, std::uint64_t size) {
         path.string(), size, static_cast<std::uint64_t>(limit.rlim_cur));
   }
   const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (descriptor < 0) fail_to_write(path, errno);
+  if (descriptor < 0) fail("write", path, errno);
   const int failure = size == 0 ? 0 : reserve(descriptor, size);
   ::close(descriptor);
   if (failure == 0) return;
   ::unlink(path.c_str());
-  fail_to_write(path, failure);
+  fail("write", path, failure);
 }
 
-FileLock::FileLock(const std::filesystem::path& path)
-    : descriptor_(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
-  if (descriptor_ < 0) throw UserError("cannot write {}: {}", path.string(), std::strerror(errno));
-  if (::flock(descriptor_, LOCK_EX | LOCK_NB) == 0) return;
-  const bool held = errno == EWOULDBLOCK;
-  const std::string reason = std::strerror(errno);
-  ::close(descriptor_);
-  if (held) throw UserError("{} is held by another job: wait for it, or give another --run", path.string());
-  throw SystemError("flock of {}: {}", path.string(), reason);
+FileLock::FileLock(FileLock&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+
+std::optional<FileLock> FileLock::attempt(const std::filesystem::path& path, std::string_view owner) {
+  FileLock lock;
+  lock.descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (lock.descriptor_ < 0) fail("write", path, errno);
+  if (::flock(lock.descriptor_, LOCK_EX | LOCK_NB) != 0) {
+    if (errno == EWOULDBLOCK) return std::nullopt;
+    fail("lock", path, errno);
+  }
+  if (::ftruncate(lock.descriptor_, 0) != 0 ||
+      ::pwrite(lock.descriptor_, owner.data(), owner.size(), 0) != static_cast<ssize_t>(owner.size())) {
+    fail("write", path, errno);
+  }
+  return lock;
 }
 
-FileLock::~FileLock() { ::close(descriptor_); }
+FileLock::~FileLock() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
 
 std::string read_text(const std::filesystem::path& path, std::uint64_t limit) {
   const InputFile file(path);
@@ -225,14 +237,21 @@ void write_text(const std::filesystem::path& path, std::string_view text) {
 
 void sync_to_disk(const std::filesystem::path& path) {
   const Descriptor file(path, O_RDONLY);
-  if (::fsync(file.get()) != 0) throw SystemError("fsync of {}: {}", path.string(), std::strerror(errno));
+  // EINVAL: a file system that cannot flush directories.
+  if (::fsync(file.get()) != 0 && errno != EINVAL) fail("flush", path, errno);
 }
 
 void rename_durably(const std::filesystem::path& from, const std::filesystem::path& to) {
   std::error_code error;
   std::filesystem::rename(from, to, error);
-  if (error) throw UserError("cannot rename {} to {}: {}", from.string(), to.string(), error.message());
+  if (error) fail("rename", from, error.value());
   sync_to_disk(parent_of(to));
+}
+
+void remove_tree(const std::filesystem::path& path) {
+  std::error_code error;
+  std::filesystem::remove_all(path, error);
+  if (error) fail("remove", path, error.value());
 }
 
 void create_directories(const std::filesystem::path& path) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -11,8 +12,10 @@
 
 namespace regroup {
 
-// A file opened for reading. Move-only; closed on destruction. Errors: UserError naming the file where it is
-// missing, unreadable or shorter than asked; SystemError otherwise.
+// Errors of everything here name the file: UserError where a person has to put something right (missing, no
+// permission, disk full, read-only, a limit), SystemError where the same call may succeed later.
+
+// A file opened for reading. Move-only; closed on destruction. UserError where it is shorter than asked.
 class InputFile {
  public:
   explicit InputFile(std::filesystem::path path);
@@ -81,16 +84,21 @@ class SharedOutputFile {
 // full disk, or a limit of the process, is found before anything is written. Errors as SharedOutputFile.
 void create_file(const std::filesystem::path& path, std::uint64_t size);
 
-// An advisory lock on a file (flock), made if need be; held until destruction or the end of the process,
-// however it ends. UserError where another process holds it.
+// An advisory lock on a file (flock); held until destruction or the end of the process, however it ends.
+// Where the process was on another machine a file system may take minutes to notice its end.
 class FileLock {
  public:
-  explicit FileLock(const std::filesystem::path& path);
+  // Makes the file if need be, locks it, and makes `owner` its text. Nothing where another process holds it.
+  static std::optional<FileLock> attempt(const std::filesystem::path& path, std::string_view owner);
   ~FileLock();
+  FileLock(FileLock&& other) noexcept;
+  FileLock& operator=(FileLock&&) = delete;
   FileLock(const FileLock&) = delete;
   FileLock& operator=(const FileLock&) = delete;
 
  private:
+  FileLock() = default;
+
   int descriptor_ = -1;
 };
 
@@ -101,6 +109,8 @@ void write_text(const std::filesystem::path& path, std::string_view text);
 
 // Flushes a file's, or a directory's entries', data to the disk.
 void sync_to_disk(const std::filesystem::path& path);
+// Removes a file, or a directory with all that is in it; nothing where it is not there.
+void remove_tree(const std::filesystem::path& path);
 // Renames and makes the new name durable.
 void rename_durably(const std::filesystem::path& from, const std::filesystem::path& to);
 // Creates `path` and its parents; UserError where that is impossible (read-only, not a directory).

@@ -4,6 +4,7 @@
 Ranks meet their faults through regroup_fault_preload (tests/support/fault_preload.cpp, which says what a fault is).
 """
 
+import fcntl
 import json
 import re
 import shutil
@@ -107,6 +108,15 @@ class SaveTest(KillTest):
         self.kill(r"rename,rank=0,path=\.deleting$", r"rename-after,rank=0,path=\.deleting$")
         self.complete()
 
+    def test_an_old_step_that_cannot_be_removed(self):
+        """Harms nobody: the run goes on, and a later job removes what it can."""
+        self.begin("dp2")
+        outcome = self.train(self.command, fault="EIO@unlinkat:1,rank=0")
+        self.assertRegex(outcome.stderr, r"cannot remove .*\.deleting: Input/output error: it stays")
+        self.assert_steps_intact(self.run_folder, self.whole)
+        self.assertRegex(" ".join(harness.unfinished(self.run_folder)), r"^(step-\d+\.deleting ?)+$")
+        self.complete()
+
     def test_tensor_parallel(self):
         self.begin("tp2")
         for exchange in ("MPI_Alltoallv:1,rank=0", "MPI_Alltoallv-after:1,rank=1"):
@@ -199,8 +209,8 @@ class DamageTest(FaultTest):
     def damage(self, step, name, how):
         file = step_directory(self.run_folder, step) / name
         content = bytearray(file.read_bytes())
-        if how == "flipped":
-            content[len(content) // 2] ^= 4
+        if how.startswith("flipped"):
+            content[{"flipped length": 1, "flipped header": 9}.get(how, len(content) // 2)] ^= 4
         elif how == "truncated":
             del content[len(content) // 2:]
         if how == "missing":
@@ -224,6 +234,9 @@ class DamageTest(FaultTest):
     def test_flipped_bit(self):
         for name in self.FILES:
             self.check(name, "flipped")
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            self.check(name, "flipped length")
+            self.check(name, "flipped header")
 
     def test_truncated(self):
         for name in self.FILES:
@@ -245,10 +258,13 @@ class DamageTest(FaultTest):
         self.begin("dp2")
         for step in (self.NEWEST, self.OLDER):
             self.damage(step, "model.safetensors", "flipped")
+        latest = self.run_folder / "checkpoints" / "latest"
+        latest.unlink()  # it follows
         before = sorted(harness.tree(self.run_folder / "checkpoints").values())
         outcome = harness.run(self.command, seconds=harness.SECONDS_TO_FAIL)
         self.assertEqual(outcome.code, harness.USER_ERROR, outcome)
         self.assertRegex(outcome.messages[-1][1], "checkpoint")
+        latest.unlink()
         self.assertEqual(sorted(harness.tree(self.run_folder / "checkpoints").values()), before, "nothing is lost")
 
 
@@ -334,6 +350,23 @@ class OneJobTest(FaultTest):
             self.assertFalse(first.over())
             steps = harness.saved_steps(self.run_folder)
             self.assertTrue(first.wait_for(lambda: harness.saved_steps(self.run_folder) != steps), "it goes on")
+
+    def test_the_lock_of_a_machine_that_is_gone(self):
+        """A file system may keep it for a while: the job waits, and takes the run as it then is."""
+        self.begin("dp2")
+        self.run_folder.mkdir()
+        with open(self.run_folder / ".lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            print("elsewhere", end="", file=lock, flush=True)
+            with harness.Job(self.command) as job:
+                self.assertTrue(job.wait_for(lambda: "is held by a job on elsewhere; waiting" in job.output(job.stderr)))
+                shutil.copytree(step_directory(self.whole.run, SAVE_EVERY), step_directory(self.run_folder, SAVE_EVERY))
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                outcome = job.finish()
+        self.assertEqual(outcome.code, 0, outcome)
+        self.assertRegex(outcome.stderr, rf"resuming .* at step {SAVE_EVERY}")
+        self.assertIn(STEPS, harness.saved_steps(self.run_folder))
+        self.assert_steps_intact(self.run_folder, self.whole)
 
 
 if __name__ == "__main__":

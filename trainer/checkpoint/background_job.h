@@ -22,8 +22,9 @@ class BackgroundJob {
   // Waits for the last piece of work first.
   void start(std::function<void()> work) {
     join();
-    state_ = State::kBusy;
     failure_ = nullptr;
+    state_ = State::kDone;  // where there is no thread to be had
+    const std::lock_guard starting(mutex_);
     thread_ = std::thread([this, work = std::move(work)] {
       std::exception_ptr failure;
       try {
@@ -36,6 +37,7 @@ class BackgroundJob {
       state_ = failure == nullptr ? State::kDone : State::kFailed;
       ended_.notify_all();
     });
+    state_ = State::kBusy;
   }
   bool busy() const { return state() == State::kBusy; }
   bool failed() const { return state() == State::kFailed; }

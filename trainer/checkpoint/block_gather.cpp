@@ -27,8 +27,9 @@ BlockGather::BlockGather(ProcessGroup tp, Backend& backend, const FilePlan& file
       send_bytes_(static_cast<std::size_t>(tp_.size())),
       receive_bytes_(send_bytes_.size()) {
   check(slots > 0, "blocks are gathered without staging memory");
+  // Every writer's first blocks, then their second ones: in a window all of them have something to copy.
   std::stable_sort(blocks_.begin(), blocks_.end(),
-                   [this](const Block& a, const Block& b) { return round_of(a) < round_of(b); });
+                   [](const Block& a, const Block& b) { return a.slot < b.slot; });
   plan_windows();
 }
 
@@ -42,12 +43,13 @@ void BlockGather::plan_windows() {
   }
   if (tp_.size() == 1) return;
   const auto me = static_cast<std::size_t>(tp_.rank());
-  std::uint64_t most_sent = 0, most_received = 0;
+  std::uint64_t most_sent = 0, most_received = 0, largest_block = 0;
   for (const auto& round : windows_) {
     for (const Window& window : round) {
       std::uint64_t sent = 0, received = 0;
       for (std::size_t i = window.first; i < window.last; ++i) {
         const auto writer = static_cast<std::size_t>(blocks_[i].tp_rank);
+        largest_block = std::max(largest_block, blocks_[i].bytes);
         for_each_part(files_, blocks_[i],
                       [&](std::size_t t, std::uint64_t begin, std::uint64_t end, std::uint64_t) {
                         for (std::size_t source = 0; source < send_bytes_.size(); ++source) {
@@ -63,8 +65,14 @@ void BlockGather::plan_windows() {
       most_received = std::max(most_received, received);
     }
   }
-  sent_ = backend_.allocate_host(static_cast<index_t>(most_sent));
-  received_ = backend_.allocate_host(static_cast<index_t>(most_received));
+  const auto reserve = [this](std::uint64_t bytes) {
+    Buffer memory = backend_.allocate_host(static_cast<index_t>(bytes));
+    if (bytes > 0) std::memset(memory.data(), 0, bytes);  // all of it is there from now on
+    return memory;
+  };
+  sent_ = reserve(most_sent);
+  received_ = reserve(most_received);
+  if (!backend_.host_accessible()) bounce_ = reserve(largest_block);
 }
 
 std::vector<Block> BlockGather::mine(std::size_t round) const {
@@ -150,9 +158,9 @@ void BlockGather::copy_local(std::size_t t, std::uint64_t begin, std::uint64_t e
   } else if (backend_.host_accessible()) {
     scatter(runs, begin, end, static_cast<const std::byte*>(tensors_[t].local.data) + from, block);
   } else {
-    bounce_.resize(std::max(bounce_.size(), static_cast<std::size_t>(bytes)));
-    copy_to_host(t, begin, end, bounce_.data());
-    scatter(runs, begin, end, bounce_.data(), block);
+    auto* const dense = static_cast<std::byte*>(bounce_.data());
+    copy_to_host(t, begin, end, dense);
+    scatter(runs, begin, end, dense, block);
   }
 }
 

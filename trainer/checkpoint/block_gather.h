@@ -23,6 +23,8 @@ class BlockGather {
               std::vector<HeldTensor> held, std::vector<Block> blocks, std::size_t slots);
 
   std::size_t rounds() const { return windows_.size(); }
+  // Memory that it keeps for what travels.
+  index_t bytes() const { return sent_.bytes() + received_.bytes() + bounce_.bytes(); }
   int ranks() const { return tp_.size(); }
   // This rank's blocks of a round, in order; block i of them lies i x block size from the start of the
   // staging memory.
@@ -58,7 +60,7 @@ class BlockGather {
   std::vector<std::vector<Window>> windows_;               // by round
   Buffer sent_, received_;                                 // of the largest window
   std::vector<std::uint64_t> send_bytes_, receive_bytes_;  // by rank, of one window
-  std::vector<std::byte> bounce_;                          // of a device's slice on its way into a block
+  Buffer bounce_;                                          // of a device's slice on its way into a block
 };
 
 }  // namespace regroup

@@ -192,15 +192,15 @@ bool CheckpointReader::exists(const std::filesystem::path& directory, const std:
 }
 
 void CheckpointReader::add_file(const std::filesystem::path& file) {
-  SafetensorsHeader header = read_safetensors_header(InputFile(file));
-  files_.push_back(file);
+  files_.emplace_back(file);
+  SafetensorsHeader header = read_safetensors_header(files_.back());
   if (files_.size() == 1) metadata_ = std::move(header.metadata);
   for (StoredTensor& tensor : header.tensors) {
     const std::string name = tensor.name;
     const auto [at, fresh] = locations_.emplace(name, Location{files_.size() - 1, std::move(tensor)});
     if (!fresh) {
       throw UserError("{}: the tensor '{}' is in {} too", file.string(), name,
-                      files_[at->second.file].string());
+                      files_[at->second.file].path().string());
     }
   }
 }
@@ -218,7 +218,7 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index) {
   }
   for (const auto& [tensor, file] : weight_map) {
     const auto at = locations_.find(tensor);
-    if (at == locations_.end() || files_[at->second.file].filename() != file) {
+    if (at == locations_.end() || files_[at->second.file].path().filename() != file) {
       throw UserError("{}: the tensor '{}' is not in {}, where it should be", index.string(),
                       printable(tensor), file);
     }
@@ -226,7 +226,7 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index) {
   for (const auto& [tensor, location] : locations_) {
     if (!weight_map.contains(tensor)) {
       throw UserError("{}: the tensor '{}' of {} is not in the index", index.string(), tensor,
-                      files_[location.file].filename().string());
+                      files_[location.file].path().filename().string());
     }
   }
 }
@@ -285,10 +285,10 @@ void CheckpointReader::read(const std::string& name, int dim, index_t begin, ind
                             const Tensor& out) const {
   const Location& location = locate(name);
   const StoredTensor& stored = location.tensor;
-  const std::filesystem::path& file = files_[location.file];
+  const InputFile& file = files_[location.file];
   if (!is_floating(stored.type)) {
-    throw UserError("{}: tensor '{}' is of type {}; F64, F32, F16 or BF16 is needed", file.string(), name,
-                    name_of(stored.type));
+    throw UserError("{}: tensor '{}' is of type {}; F64, F32, F16 or BF16 is needed", file.path().string(),
+                    name, name_of(stored.type));
   }
   std::vector<index_t> rows = stored.shape;
   if (rows.empty()) {  // a scalar: one row of one
@@ -309,19 +309,18 @@ void CheckpointReader::read(const std::string& name, int dim, index_t begin, ind
   check(out.dtype == DType::kFloat32 || out.dtype == DType::kFloat64, "'{}' is read into {}", name,
         out.describe());
   if (count == 0) return;
-  const InputFile opened(file);
   const SliceRuns runs = runs_of(rows, size_of(stored.type), dim, begin, end);
   if (stored.type == stored_type(out.dtype)) {
-    read_runs(opened, stored.begin, runs, static_cast<std::byte*>(out.data));
+    read_runs(file, stored.begin, runs, static_cast<std::byte*>(out.data));
   } else {
-    read_converted(opened, stored.begin, runs, stored.type, out);
+    read_converted(file, stored.begin, runs, stored.type, out);
   }
 }
 
 void CheckpointReader::read(const ShardedTensor& destination) const {
   const Location& location = locate(destination.name);
   if (location.tensor.shape != destination.shape) {
-    throw UserError("{}: tensor '{}' has the shape {}; {} is needed", files_[location.file].string(),
+    throw UserError("{}: tensor '{}' has the shape {}; {} is needed", files_[location.file].path().string(),
                     destination.name, shape_text(location.tensor.shape), shape_text(destination.shape));
   }
   read(destination.name, destination.slice.dim, destination.slice.begin, destination.slice.end,

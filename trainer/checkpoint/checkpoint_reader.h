@@ -7,14 +7,15 @@
 #include <string>
 #include <vector>
 
+#include "kernels/base/file.h"
 #include "parallel/partition.h"
 #include "trainer/checkpoint/safetensors.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {
 
-// The tensors of a checkpoint. Nothing here is collective: each rank opens and reads what it
-// needs. Every error is a UserError naming file and tensor.
+// The tensors of a checkpoint. Nothing here is collective: each rank reads what it needs. The files stay
+// open. Every error is a UserError naming file and tensor.
 class CheckpointReader {
  public:
   // `path`: a .safetensors file, or a directory that has <stem>.safetensors, or <stem>.safetensors.index.json
@@ -54,7 +55,7 @@ class CheckpointReader {
   void require_shapes(const std::map<std::string, std::vector<index_t>>& expected) const;
 
   std::filesystem::path path_;
-  std::vector<std::filesystem::path> files_;
+  std::vector<InputFile> files_;
   std::map<std::string, Location> locations_;
   Metadata metadata_;
 };

@@ -83,13 +83,14 @@ void CheckpointWriter::save(index_t step, nlohmann::json state,
 
 void CheckpointWriter::begin(index_t step, const std::map<std::string, std::string>& texts) {
   step_ = step;
+  cancelled_ = false;
   for (std::optional<SharedOutputFile>& file : open_) file.reset();  // of a save that failed
-  pending_.reset();
   world_.run_on(0, [&] {
-    pending_.emplace(store_.create(step));
-    for (const auto& [name, text] : files_.indexes) pending_->write_text(name, text);
-    for (const auto& [name, text] : texts) pending_->write_text(name, text);
-    for (const PlannedFile& file : files_.files) create_file(pending_->path() / file.name, file.bytes);
+    PendingStep pending = store_.create(step);
+    for (const auto& [name, text] : files_.indexes) pending.write_text(name, text);
+    for (const auto& [name, text] : texts) pending.write_text(name, text);
+    for (const PlannedFile& file : files_.files) create_file(pending.path() / file.name, file.bytes);
+    pending_.emplace(std::move(pending));
   });
 }
 
@@ -116,25 +117,38 @@ void CheckpointWriter::sync() {
   }
 }
 
-std::optional<index_t> CheckpointWriter::advance() {
+std::optional<index_t> CheckpointWriter::advance(bool give_up) {
   // A save that fails is over: whoever catches the error may go on without it.
   const Phase phase = std::exchange(phase_, Phase::kIdle);
   if (phase == Phase::kIdle) return std::nullopt;
+  if (give_up) cancelled_ = true;
   wait();
-  world_.run_together([this] { job_.rethrow(); });
+  try {
+    world_.run_together([this] { job_.rethrow(); });
+  } catch (...) {
+    pending_.reset();  // gives its disk space back
+    throw;
+  }
   if (phase == Phase::kCommitting) {
     pending_.reset();
     return step_;
   }
   auto files = records();
   if (pending_) {
-    job_.start([this, files = std::move(files)] {
-      pending_->commit(std::move(state_), files, options_.block_bytes);
-      store_.prune(options_.keep_last, options_.keep_every);
-    });
+    job_.start([this, files = std::move(files)] { commit(files); });
   }
   phase_ = Phase::kCommitting;
   return std::nullopt;
+}
+
+void CheckpointWriter::commit(const std::map<std::string, FileRecord>& files) {
+  pending_->commit(std::move(state_), files, options_.block_bytes);
+  complaint_.clear();
+  try {
+    store_.prune(options_.keep_last, options_.keep_every);
+  } catch (const Error& error) {
+    complaint_ = error.what();
+  }
 }
 
 // For this rank's work; as long as it moves on, the rank counts as alive.

@@ -47,8 +47,8 @@ class CheckpointWriter {
 
   // Begins to save the tensors as they are now, `state` (see PendingStep::commit) and small files {name:
   // text} (rank 0's count). Nothing may be pending. Returns when the tensors may change. Collective.
-  // UserError or SystemError on every rank where the disk refuses: the step then does not exist, and earlier
-  // ones are intact.
+  // UserError or SystemError on every rank where the disk refuses:   // the step then does not exist (it may
+  // where the last flush of a directory was refused), and earlier ones are intact.
   void save(index_t step, nlohmann::json state, const std::map<std::string, std::string>& texts);
 
   // Whether a save is under way. The same on every rank.
@@ -58,12 +58,17 @@ class CheckpointWriter {
   bool failed() const { return job_.failed(); }
   // Collective: ends the phase under way, waiting for this rank's work where it is not done, and begins the
   // next. Errors as save(). What was saved, if that was the last phase.
-  std::optional<index_t> advance();
+  // `give_up`: a rank has failed, the others need not finish.
+  std::optional<index_t> advance(bool give_up = false);
   // Collective: until nothing is pending. What was saved, if anything was.
   std::optional<index_t> finish();
 
   std::uint64_t checkpoint_bytes() const { return files_.bytes(); }  // of all ranks
-  std::uint64_t staging_bytes() const { return static_cast<std::uint64_t>(staging_.bytes()); }
+  // Host memory that this rank keeps for saving.
+  index_t staging_bytes() const { return staging_.bytes() + gather_->bytes(); }
+  // Rank 0: what went wrong without harm to what was saved last (an old step cannot be removed); "" if
+  // nothing.
+  const std::string& complaint() const { return complaint_; }
 
  private:
   enum class Phase { kIdle, kWriting, kCommitting };
@@ -72,6 +77,7 @@ class CheckpointWriter {
   void write(std::size_t round);
   void sync();
   void wait();
+  void commit(const std::map<std::string, FileRecord>& files);
   std::map<std::string, FileRecord> records();
 
   ProcessGroup world_;
@@ -88,6 +94,7 @@ class CheckpointWriter {
   std::optional<PendingStep> pending_;                 // rank 0
   std::vector<std::optional<SharedOutputFile>> open_;  // by file
   std::vector<std::uint64_t> checksums_;               // of this rank's blocks, by slot
+  std::string complaint_;
   std::atomic<bool> cancelled_ = false;
   std::atomic<std::uint64_t> written_ = 0;  // blocks and files done
   BackgroundJob job_;                       // last: its thread uses the others

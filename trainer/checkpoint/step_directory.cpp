@@ -44,17 +44,14 @@ std::string own_checksum(nlohmann::json state) {
   return hexadecimal(checksum(std::as_bytes(std::span(text.data(), text.size()))));
 }
 
-void remove_tree(const std::filesystem::path& path) {
-  std::error_code error;
-  std::filesystem::remove_all(path, error);
-  if (error) throw UserError("cannot remove {}: {}", path.string(), error.message());
-}
-
 // The names in a directory, sorted; none where there is no such directory.
 std::vector<std::string> names_in(const std::filesystem::path& directory) {
   std::vector<std::string> names;
   std::error_code error;
-  if (!std::filesystem::exists(directory, error)) return names;
+  const bool there = std::filesystem::exists(directory, error);
+  // What cannot be looked at is not empty: a run must not begin anew because of it.
+  if (error) throw SystemError("cannot look at {}: {}", directory.string(), error.message());
+  if (!there) return names;
   for (std::filesystem::directory_iterator at(directory, error), end; !error && at != end;
        at.increment(error)) {
     names.push_back(at->path().filename().string());
@@ -145,6 +142,14 @@ std::uint64_t tree_checksum(std::span<const std::byte> bytes, std::uint64_t bloc
         checksum(bytes.subspan(begin, std::min<std::size_t>(block_bytes, bytes.size() - begin))));
   }
   return checksum(std::as_bytes(std::span(blocks)));
+}
+
+// `latest` is for people and scripts; the step is there whether or not it can be written.
+void point_latest_to(const std::filesystem::path& step) {
+  try {
+    write_text(step.parent_path() / kLatestFile, step.filename().string() + "\n");
+  } catch (const Error&) {
+  }
 }
 
 // Of a name like step-00012000.partial that only `ending` makes different from a step's.
@@ -260,7 +265,7 @@ void PendingStep::commit(nlohmann::json state, std::map<std::string, FileRecord>
   sync_to_disk(path_);
   rename_durably(path_, final_path_);
   path_.clear();
-  regroup::write_text(final_path_.parent_path() / kLatestFile, final_path_.filename().string() + "\n");
+  point_latest_to(final_path_);
 }
 
 CheckpointStore::CheckpointStore(ProcessGroup group, std::filesystem::path run_directory)
@@ -272,8 +277,12 @@ void CheckpointStore::prepare() const {
   group_.run_on(0, [&] {
     regroup::create_directories(directory_);
     for (const std::string& name : names_in(directory_)) {
-      if (name.ends_with(kPartial) || name.ends_with(kDeleting)) remove_tree(directory_ / name);
+      std::error_code ignored;  // no run is refused for rubbish; create() insists where it must
+      if (name.ends_with(kPartial) || name.ends_with(kDeleting)) {
+        std::filesystem::remove_all(directory_ / name, ignored);
+      }
     }
+    sync_to_disk(directory_.parent_path());
   });
 }
 
@@ -316,6 +325,8 @@ void CheckpointStore::set_aside(index_t step) const {
     const std::filesystem::path aside = directory_ / (name_of_step(step) + kDamaged);
     remove_tree(aside);
     rename_durably(path_of(step), aside);
+    const std::vector<index_t> left = steps_in(directory_);
+    if (!left.empty()) point_latest_to(path_of(left.back()));
   });
 }
 
@@ -356,8 +367,6 @@ void verify_step(const ProcessGroup& group, const std::filesystem::path& directo
   if (!damage) return;
   group.run_together([&] { refuse(*damage, directory); });
 }
-
-nlohmann::json CheckpointStore::state(index_t step) const { return step_state(group_, path_of(step)); }
 
 void CheckpointStore::prune(index_t keep_last, index_t keep_every) const {
   const std::vector<index_t> all = steps_in(directory_);

@@ -45,8 +45,8 @@ class PendingStep {
   void write_text(const std::string& name, std::string_view text);
   // Adds {"files": {name: {"bytes", "checksum"}}, "block_bytes", "checksum"} to `state` (an object: step,
   // samples, seed, options, versions), writes it as trainer.json, flushes the directory, renames it to its
-  // final name, and then writes `latest`. `files`: what others have written, and brought to the disk; those
-  // of write_text() are known. UserError where the disk refuses; the step then does not exist.
+  // final name, and then points `latest` to it. `files`: what others have written, and brought to the disk;
+  // those of write_text() are known. UserError where the disk refuses; the step then does not exist.
   void commit(nlohmann::json state, std::map<std::string, FileRecord> files = {},
               std::uint64_t block_bytes = kChecksumBlock);
 
@@ -86,9 +86,6 @@ class CheckpointStore {
   // keep_every.
   void prune(index_t keep_last, index_t keep_every) const;
 
-  // Collective. What commit() was given (and what it added). UserError naming trainer.json where it is
-  // missing or damaged.
-  nlohmann::json state(index_t step) const;
   // Collective. Renames the step to step-00012000.damaged, where a person can look at it and no run will.
   void set_aside(index_t step) const;
 

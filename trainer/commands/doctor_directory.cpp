@@ -4,7 +4,7 @@
 #include <array>
 #include <chrono>
 #include <functional>
-#include <memory>
+#include <optional>
 #include <sys/vfs.h>
 #include <thread>
 #include <unistd.h>
@@ -132,14 +132,15 @@ void flush_files(const fs::path& trial, const ProcessGroup& world, DirectoryFact
 // Rank 0 holds a lock, which all others (and rank 0 by another descriptor) must be refused.
 void try_lock(const fs::path& trial, const ProcessGroup& world, DirectoryFacts& facts) {
   const fs::path file = trial / "lock";
-  std::unique_ptr<FileLock> held;
-  if (world.rank() == 0) facts.lock_error = failure_of([&] { held = std::make_unique<FileLock>(file); });
+  std::optional<FileLock> held;
+  if (world.rank() == 0)
+    facts.lock_error = failure_of([&] {
+      if (auto lock = FileLock::attempt(file, "doctor")) held.emplace(std::move(*lock));
+    });
   const bool works = world.broadcast(facts.lock_error).empty();
   if (works && facts.seen) {
     try {
-      const FileLock second(file);
-    } catch (const UserError&) {
-      facts.locked_out = true;
+      facts.locked_out = !FileLock::attempt(file, "doctor").has_value();
     } catch (const std::exception& error) {
       facts.lock_error = error.what();
     }

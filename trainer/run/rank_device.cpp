@@ -5,6 +5,7 @@
 #include <chrono>
 #include <unistd.h>
 
+#include "kernels/base/host.h"
 #include "kernels/make_backend.h"
 #include "parallel/host_staged_communicator.h"
 #include "parallel/nccl_communicator.h"
@@ -12,12 +13,6 @@
 
 namespace regroup {
 namespace {
-
-std::string host_name() {
-  std::array<char, 256> name{};
-  gethostname(name.data(), name.size() - 1);
-  return name.data();
-}
 
 // Whether two ranks have the same GPU. Collective.
 bool ranks_share_a_device(const ProcessGroup& world, const Backend& backend) {

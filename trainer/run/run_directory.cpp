@@ -1,11 +1,13 @@
 #include "trainer/run/run_directory.h"
 
+#include <thread>
 #include <utility>
 
 #include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "kernels/base/host.h"
 
 namespace regroup {
 namespace {
@@ -52,9 +54,32 @@ void RunDirectory::take() {
   if (std::exchange(taken_, true)) return;
   world_.run_on(0, [&] {
     regroup::create_directories(path_ / "tensorboard");
-    lock_ = std::make_unique<FileLock>(path_ / ".lock");
+    lock();
   });
   checkpoints_.prepare();
+}
+
+void RunDirectory::lock() {
+  constexpr int kPatience = 180;  // seconds
+  const std::filesystem::path file = path_ / ".lock";
+  const std::string here = host_name();
+  for (int waited = 0; !lock_; ++waited) {
+    if (auto lock = FileLock::attempt(file, here)) {
+      lock_.emplace(std::move(*lock));
+      return;
+    }
+    const std::string host = read_text(file, 4096);
+    if (host.empty() || host == here || waited >= kPatience) {
+      throw UserError("{} is held by another job{}: wait for it, or give another --run", file.string(),
+                      host.empty() ? "" : " on " + host);
+    }
+    if (waited == 0) {
+      log_.info("{} is held by a job on {}; waiting for it to be let go, at most {} s", file.string(), host,
+                kPatience);
+    }
+    world_.heartbeat().beat("waiting for the run directory");
+    std::this_thread::sleep_for(std::chrono::seconds(1));
+  }
 }
 
 bool RunDirectory::count_start(index_t step, index_t budget) const {

@@ -29,7 +29,8 @@ class RunDirectory {
   void set_aside(index_t step, const std::string& damage);
 
   // Creates the directory, locks it for this job until the end, and tidies up what a killed job left.
-  // UserError where another job holds it. A second call does nothing.
+  // UserError where another job holds it: at once where that is on this host, else after three minutes, for
+  // so long may a file system take to notice that a machine is gone. A second call does nothing.
   void take();
 
   // Notes in starts.json that a job begins to train at `step`. False where `budget` (0: none) starts at this
@@ -42,11 +43,13 @@ class RunDirectory {
   bool clear_stop_request() const;
 
  private:
+  void lock();
+
   const ProcessGroup& world_;
   std::filesystem::path path_;
   const Log& log_;
   CheckpointStore checkpoints_;
-  std::unique_ptr<FileLock> lock_;  // rank 0
+  std::optional<FileLock> lock_;  // rank 0
   bool taken_ = false;
   std::chrono::steady_clock::time_point next_look_;
 };

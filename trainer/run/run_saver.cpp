@@ -43,7 +43,8 @@ void RunSaver::tell() {
   saved_({.step = *step,
           .gigabytes = static_cast<double>(writer_.checkpoint_bytes()) * 1e-9,
           .seconds = seconds_now() - began_,
-          .waited = waited_});
+          .waited = waited_,
+          .complaint = writer_.complaint()});
 }
 
 void RunSaver::save(index_t step, nlohmann::json state, const std::map<std::string, std::string>& texts) {
@@ -61,9 +62,9 @@ void RunSaver::finish() {
   wait_for([this] { done_ = writer_.finish(); });
 }
 
-void RunSaver::proceed() {
+void RunSaver::proceed(bool failed) {
   if (!writer_.pending()) return;
-  wait_for([this] { done_ = writer_.advance(); });
+  wait_for([this, failed] { done_ = writer_.advance(failed); });
 }
 
 double RunSaver::staging_gigabytes() const { return static_cast<double>(writer_.staging_bytes()) * 1e-9; }

@@ -14,9 +14,10 @@ namespace regroup {
 
 struct SavedStep {
   index_t step = 0;
-  double gigabytes = 0;  // of all ranks
-  double seconds = 0;    // from its beginning to its end
-  double waited = 0;     // of these, how long training stood still
+  double gigabytes = 0;   // of all ranks
+  double seconds = 0;     // from its beginning to its end
+  double waited = 0;      // of these, how long training stood still
+  std::string complaint;  // rank 0: see CheckpointWriter::complaint()
 };
 
 // Collective over the world, but for busy() and failed().
@@ -33,11 +34,11 @@ class RunSaver {
   // Waits for the save under way, if there is one.
   void finish();
 
-  // Of this rank's part of the save under way; for the sum of every step. Where no rank is busy, or one has
-  // failed, proceed() is called.
+  // Of this rank's part of the save under way; for the sum of every step.   // Where no rank is busy, or one
+  // has failed, proceed(whether one has) is called.
   bool busy() const { return writer_.busy(); }
   bool failed() const { return writer_.failed(); }
-  void proceed();
+  void proceed(bool failed);
 
   double staging_gigabytes() const;
 

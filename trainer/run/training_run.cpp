@@ -41,44 +41,34 @@ TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, cons
   }
 }
 
-// The newest checkpoint whose every byte is intact, or the beginning. What is damaged is set aside on the
-// way.
 void TrainingRun::choose_start() {
-  for (;;) {
-    if (!find_start()) continue;
-    world_.run_together([&] { decide(); });
-    if (!resuming()) break;
-    const std::optional<std::string> damage = find_damage(world_, source_->directory);
-    if (!damage) return;
-    directory_.set_aside(*resumed_step_, *damage);
-  }
-  if (source_) verify_checkpoint(world_, *source_);
+  find_start();
+  world_.run_together([&] { decide(); });
+  if (source_ && !resuming()) verify_checkpoint(world_, *source_);
 }
 
-// False where the newest checkpoint was damaged and has been set aside: there is another start to be found.
-bool TrainingRun::find_start() {
+// The newest checkpoint whose every byte is intact, or the beginning. What is damaged is set aside on the
+// way.
+void TrainingRun::find_start() {
   source_.reset();
   state_ = RunState();
-  resumed_step_ = directory_.newest();
-  if (resuming()) {
+  while ((resumed_step_ = directory_.newest())) {
     const std::filesystem::path newest = directory_.checkpoints().path_of(*resumed_step_);
-    const std::optional<std::string> damage = find_damage(world_, newest, Verification::kSmall);
-    if (damage) {
-      directory_.set_aside(*resumed_step_, *damage);
-      return false;
+    const std::optional<std::string> damage = find_damage(world_, newest);
+    if (!damage) {
+      source_ = find_checkpoint(world_, newest);
+      state_ = source_->state.value();
+      return;
     }
-    source_ = find_checkpoint(world_, newest);
-    state_ = source_->state.value();
-    return true;
+    directory_.set_aside(*resumed_step_, *damage);
   }
   state_.parent_loss = state_.converted_loss = kUnknown;
-  if (!uptraining()) return true;
+  if (!uptraining()) return;
   source_ = find_checkpoint(world_, options_.init_from);
   state_.first_step = source_->state ? source_->state->step : options_.parent_steps;
   state_.step = state_.first_step;
   state_.samples = source_->state ? source_->state->samples : 0;
   state_.parent = source_->directory.string();
-  return true;
 }
 
 // What the run is, from options and where it starts; refuses what cannot work. The same on every rank.
@@ -203,9 +193,10 @@ void TrainingRun::take_up_tuning() {
 void TrainingRun::keep_tuning() {
   world_.run_together([this] {
     const std::string text = backend_->tuning();
-    if (text.empty()) return;
+    if (text.empty() || text == kept_tuning_) return;
     regroup::create_directories(tuning_file().parent_path());
     write_text(tuning_file(), text);
+    kept_tuning_ = text;
   });
 }
 
@@ -222,6 +213,7 @@ void TrainingRun::save() {
 void TrainingRun::saved(const SavedStep& saved) {
   rollbacks_ = 0;
   if (reporter_) reporter_->end_line();
+  if (!saved.complaint.empty()) log_.warning("{}: it stays; what is saved is whole", saved.complaint);
   log_.info("step {}: saved {:.2f} GB in {:.1f} s", saved.step, saved.gigabytes, saved.seconds);
   if (!reporter_) return;
   reporter_->event(
@@ -265,7 +257,7 @@ void TrainingRun::train_step() {
       if (failure) std::rethrow_exception(failure);
     });
   }
-  if (agreed[kSaving] == 0 || agreed[kSaveFailed] > 0) saver_->proceed();
+  if (agreed[kSaving] == 0 || agreed[kSaveFailed] > 0) saver_->proceed(agreed[kSaveFailed] > 0);
   stop_requested_ = agreed[kStop] > 0;
   if (stop_requested_) return;
   update(forward_and_backward(agreed[kTargets]), began, waited);
@@ -360,8 +352,13 @@ void TrainingRun::roll_back(const std::string& reason) {
     throw error;
   }
   const index_t samples = state_.samples + options_.batch_size;
-  source_ = find_checkpoint(world_, directory_.checkpoints().path_of(*step));
-  verify_checkpoint(world_, *source_);
+  const std::filesystem::path newest = directory_.checkpoints().path_of(*step);
+  if (const auto damage = find_damage(world_, newest)) {
+    SystemError error("{}, and {}: start again, from the checkpoint before", reason, *damage);
+    error.set_on_every_rank();
+    throw error;
+  }
+  source_ = find_checkpoint(world_, newest);
   state_ = source_->state.value();
   resumed_step_ = *step;
   state_.samples = samples;
@@ -449,6 +446,7 @@ int TrainingRun::stop() {
 int TrainingRun::run() {
   const auto draw = [&] { world_.run_on(0, [&] { plot_run(options_.run); }); };
   directory_.take();
+  if (directory_.newest() != resumed_step_) choose_start();  // another job had the run until now
   watchdog_ = std::make_unique<Watchdog>(world_, options_.run, options_.hang_timeout, log_);
   if (resuming() && state_.step >= total_steps_) {
     log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);

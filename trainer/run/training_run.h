@@ -38,7 +38,7 @@ class TrainingRun {
   bool uptraining() const { return options_.mode == Mode::kUptrain; }
   bool resuming() const { return resumed_step_.has_value(); }
   void choose_start();
-  bool find_start();
+  void find_start();
   void decide();
   void evaluate_parent();
   void build();
@@ -81,11 +81,12 @@ class TrainingRun {
   std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<ModelRunner> runner_;
   std::unique_ptr<Optimizer> optimizer_;
-  std::unique_ptr<RunSaver> saver_;
+  std::string kept_tuning_;
+  std::unique_ptr<Watchdog> watchdog_;
+  std::unique_ptr<RunSaver> saver_;  // its writing is waited for while the watchdog looks on
   std::unique_ptr<BatchStream> batches_;
   std::unique_ptr<RunReporter> reporter_;  // rank 0
   std::vector<Batch> micro_batches_;
-  std::unique_ptr<Watchdog> watchdog_;
   double flops_per_step_ = 0, peak_flops_ = 0;  // of all ranks
   bool stop_requested_ = false;
   index_t rollbacks_ = 0;  // since the last save

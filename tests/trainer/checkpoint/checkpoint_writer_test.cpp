@@ -123,7 +123,7 @@ TEST_F(CheckpointWriterTest, TheSameBytesInEveryLayout) {
             save_model(run, tp, {.memory = blocks_held * block, .block_bytes = block});
         EXPECT_TRUE(read_text(steps.path_of(1) / "model.safetensors") == expected) << run;
         EXPECT_EQ(find_damage(world_, steps.path_of(1)), std::nullopt) << run;
-        EXPECT_EQ(steps.state(1)["step"], 1);
+        EXPECT_EQ(step_state(world_, steps.path_of(1))["step"], 1);
       }
     }
   }

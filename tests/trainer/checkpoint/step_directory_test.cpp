@@ -72,7 +72,7 @@ TEST_F(StepDirectory, AppearsWholeAtCommit) {
   EXPECT_EQ(store_.path_of(12000), checkpoints() / "step-00012000");
   EXPECT_FALSE(std::filesystem::exists(checkpoints() / "step-00012000.partial"));
   EXPECT_EQ(read_text(checkpoints() / "latest"), "step-00012000\n");
-  const auto state = store_.state(12000);
+  const auto state = step_state(world_, store_.path_of(12000));
   EXPECT_EQ(state["step"], 12000);
   EXPECT_EQ(state["seed"], 7);
   EXPECT_EQ(state["files"].size(), 2U);
@@ -139,7 +139,7 @@ TEST_F(StepDirectory, CreateClearsAStalePartial) {
     write_text(checkpoints() / "step-00000001.partial" / "stale", "stale");
   });
   save_small(1);
-  EXPECT_FALSE(store_.state(1)["files"].contains("stale"));
+  EXPECT_FALSE(step_state(world_, store_.path_of(1))["files"].contains("stale"));
 }
 
 // The checksums do not depend on the number of ranks: against the definition, computed on one.
@@ -214,7 +214,8 @@ TEST_F(StepDirectory, EveryByteOfTheStateCounts) {
       flipped[at] = static_cast<char>(flipped[at] ^ (1 << (at % 8)));
       std::ofstream(path, std::ios::binary | std::ios::trunc) << flipped;
     });
-    EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged")) << "byte " << at;
+    EXPECT_THAT(refusal([&] { step_state(world_, store_.path_of(1)); }), HasSubstr("trainer.json is damaged"))
+        << "byte " << at;
   }
 }
 
@@ -226,7 +227,8 @@ TEST_F(StepDirectory, StatesOfOtherMakeAreRefused) {
        {"", "{", "[]", "{}", "null", R"({"files":{}})", R"({"files":[],"checksum":""})",
         R"({"files":{"../x":{"bytes":1,"checksum":"a"}},"checksum":"0"})"}) {
     once([&] { write_text(path, text); });
-    EXPECT_THAT(refusal([&] { store_.state(1); }), HasSubstr("trainer.json is damaged")) << text;
+    EXPECT_THAT(refusal([&] { step_state(world_, store_.path_of(1)); }), HasSubstr("trainer.json is damaged"))
+        << text;
   }
 }
 
@@ -262,6 +264,7 @@ TEST_F(StepDirectory, ADamagedStepIsSetAsideForAPerson) {
   save_small(2);
   EXPECT_EQ(damage(2), std::nullopt);
   EXPECT_EQ(read_text(checkpoints() / "step-00000002.damaged" / "config.json"), "[]");
+  world_.barrier();
   store_.set_aside(2);
   EXPECT_EQ(read_text(checkpoints() / "step-00000002.damaged" / "config.json"), "{}");
 }
