@@ -152,21 +152,34 @@ void OutputFile::commit() {
 SharedOutputFile::SharedOutputFile(std::filesystem::path path) : path_(std::move(path)) {
   descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
   if (descriptor_ < 0) fail("write", path_, errno);
+  direct_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_DIRECT);  // or not: then through the cache
 }
 
 SharedOutputFile::~SharedOutputFile() {
   if (descriptor_ >= 0) ::close(descriptor_);
+  if (direct_ >= 0) ::close(direct_);
 }
 
 SharedOutputFile::SharedOutputFile(SharedOutputFile&& other) noexcept
-    : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)) {}
+    : path_(std::move(other.path_)),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      direct_(std::exchange(other.direct_, -1)) {}
 
 void SharedOutputFile::write(std::uint64_t offset, std::span<const std::byte> bytes) const {
+  const auto is_aligned = [&](std::size_t done) {
+    const auto address = reinterpret_cast<std::uintptr_t>(bytes.data()) + done;
+    return (address | (offset + done) | (bytes.size() - done)) % kDirectAlignment == 0;
+  };
   std::size_t done = 0;
   while (done < bytes.size()) {
-    const ssize_t put =
-        ::pwrite(descriptor_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
+    const bool direct = direct_ >= 0 && is_aligned(done);
+    const ssize_t put = ::pwrite(direct ? direct_ : descriptor_, bytes.data() + done, bytes.size() - done,
+                                 static_cast<off_t>(offset + done));
     if (put < 0 && errno == EINTR) continue;
+    if (put < 0 && direct && errno == EINVAL) {  // the file system asks for more than is known here
+      ::close(std::exchange(direct_, -1));
+      continue;
+    }
     if (put < 0) fail("write", path_, errno);
     done += static_cast<std::size_t>(put);
   }
@@ -265,13 +278,14 @@ void create_directories(const std::filesystem::path& path) {
 
 std::uint64_t checksum(std::span<const std::byte> bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
 
-std::uint64_t checksum_file(const std::filesystem::path& path) {
+std::uint64_t checksum_file(const std::filesystem::path& path, const std::function<void()>& progress) {
   const InputFile file(path);
   const std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(),
                                                                               XXH3_freeState);
   XXH3_64bits_reset(state.get());
   std::vector<std::byte> block(std::min(kBlock, file.size()));
   for (std::uint64_t offset = 0; offset < file.size(); offset += kBlock) {
+    if (progress) progress();
     const auto part = std::span(block).first(std::min(kBlock, file.size() - offset));
     file.read(offset, part);
     XXH3_64bits_update(state.get(), part.data(), part.size());

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -59,8 +60,9 @@ class OutputFile {
   int descriptor_ = -1;
 };
 
-// A file that is there already and whose parts several threads or processes write. Move-only. Errors:
-// UserError naming the file where the disk refuses (full, read-only, a limit), SystemError otherwise.
+inline constexpr std::size_t kDirectAlignment = 4096;  // bytes
+
+// A file that is there already and whose parts several processes write. Move-only.
 class SharedOutputFile {
  public:
   explicit SharedOutputFile(std::filesystem::path path);
@@ -70,7 +72,9 @@ class SharedOutputFile {
   SharedOutputFile(const SharedOutputFile&) = delete;
   SharedOutputFile& operator=(const SharedOutputFile&) = delete;
 
-  // Writes `bytes` at `offset` and lets the system begin to bring them to the disk.
+  // Writes `bytes` at `offset`, past the system's cache where the file system can and offset, size and
+  // address are multiples of kDirectAlignment; otherwise the system at least begins to bring them to the
+  // disk.
   void write(std::uint64_t offset, std::span<const std::byte> bytes) const;
   // Returns when everything written is on the disk.
   void sync() const;
@@ -78,6 +82,7 @@ class SharedOutputFile {
  private:
   std::filesystem::path path_;
   int descriptor_ = -1;
+  mutable int direct_ = -1;  // the same file past the cache
 };
 
 // Creates (or truncates) `path` with `size` bytes taken from the disk, where the file system can do so: a
@@ -118,7 +123,7 @@ void create_directories(const std::filesystem::path& path);
 
 // XXH3, 64 bits, of the bytes.
 std::uint64_t checksum(std::span<const std::byte> bytes);
-// XXH3 over a whole file, streamed.
-std::uint64_t checksum_file(const std::filesystem::path& path);
+// XXH3 over a whole file, streamed; `progress` is called before every megabyte.
+std::uint64_t checksum_file(const std::filesystem::path& path, const std::function<void()>& progress = {});
 
 }  // namespace regroup

@@ -13,6 +13,7 @@ void Heartbeat::beat(std::string_view operation) {
 void Heartbeat::set_step(std::int64_t step) {
   const std::lock_guard lock(mutex_);
   step_ = step;
+  waits_ = 0;
 }
 
 Heartbeat::State Heartbeat::state() const {

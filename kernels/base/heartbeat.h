@@ -14,14 +14,18 @@ class Heartbeat {
  public:
   struct State {
     std::uint64_t beats = 0;  // signs of progress: beat(), and each begin and end of a Wait
-    std::uint64_t waits = 0;  // Waits begun: on ranks that run the same program, the same where none is late
-    std::int64_t step = 0;    // of training
-    std::string operation;    // the last beat()'s
-    std::string waits_in;     // the innermost Wait, "" while the thread waits for nobody
+    // Waits begun since set_step(). On ranks that run the same program (step, waits) is the same where none
+    // is late, but for the steps in which a checkpoint is saved: tensor-parallel groups gather different
+    // tensors.
+    std::uint64_t waits = 0;
+    std::int64_t step = 0;  // of training
+    std::string operation;  // the last beat()'s
+    std::string waits_in;   // the innermost Wait, "" while the thread waits for nobody
   };
 
   // Progress: `operation` begins, or goes on ("reading a batch").
   void beat(std::string_view operation);
+  // A step of training begins; Waits are counted anew.
   void set_step(std::int64_t step);
   State state() const;
 

@@ -42,7 +42,7 @@ CheckpointWriter::CheckpointWriter(const ProcessGroup& world, const Layout& layo
   const auto used = std::min<std::uint64_t>(slots[0], share);
   gather_ = std::make_unique<BlockGather>(tp, backend, files_, std::move(tensors), std::move(held),
                                           std::move(of_group), static_cast<std::size_t>(slots[0]));
-  staging_ = backend.allocate_host(static_cast<index_t>(used * options.block_bytes));
+  staging_ = backend.allocate_host(static_cast<index_t>(used * options.block_bytes + kDirectAlignment));
   std::memset(staging_.data(), 0,
               static_cast<std::size_t>(staging_.bytes()));  // all of it is there from now on
   checksums_.resize(share);
@@ -67,10 +67,9 @@ void CheckpointWriter::save(index_t step, nlohmann::json state,
       failure = std::current_exception();
     }
   };
-  auto* const staging = static_cast<std::byte*>(staging_.data());
   for (std::size_t round = 0; round < rounds; ++round) {
     world_.heartbeat().beat("saving a checkpoint");
-    gather_->gather(round, staging, options_.block_bytes);
+    gather_->gather(round, staging(), options_.block_bytes);
     if (round + 1 < rounds) attempt([&] { write(round); });
   }
   phase_ = Phase::kWriting;
@@ -79,6 +78,13 @@ void CheckpointWriter::save(index_t step, nlohmann::json state,
     if (rounds > 0) write(rounds - 1);
     sync();
   });
+}
+
+// Where the first block of a round lies: disks write it without another copy.
+std::byte* CheckpointWriter::staging() const {
+  void* memory = staging_.data();
+  auto room = static_cast<std::size_t>(staging_.bytes());
+  return static_cast<std::byte*>(std::align(kDirectAlignment, 0, memory, room));
 }
 
 void CheckpointWriter::begin(index_t step, const std::map<std::string, std::string>& texts) {
@@ -95,7 +101,7 @@ void CheckpointWriter::begin(index_t step, const std::map<std::string, std::stri
 }
 
 void CheckpointWriter::write(std::size_t round) {
-  const auto* from = static_cast<const std::byte*>(staging_.data());
+  const std::byte* from = staging();
   for (const Block& block : gather_->mine(round)) {
     if (cancelled_) return;
     const std::span bytes(from, static_cast<std::size_t>(block.bytes));

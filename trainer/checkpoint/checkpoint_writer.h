@@ -73,6 +73,7 @@ class CheckpointWriter {
  private:
   enum class Phase { kIdle, kWriting, kCommitting };
 
+  std::byte* staging() const;
   void begin(index_t step, const std::map<std::string, std::string>& texts);
   void write(std::size_t round);
   void sync();
