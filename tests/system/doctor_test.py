@@ -4,6 +4,7 @@ fix, and exit code 2; the run directory is left as it was."""
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import unittest
@@ -16,6 +17,7 @@ from slurm_cluster import Cluster
 
 CORES = len(os.sched_getaffinity(0))
 SECONDS = 120
+HUNG = 76
 
 
 class DoctorTest(unittest.TestCase):
@@ -107,6 +109,19 @@ class LauncherTest(DoctorTest):
         self.script('exec "$TRAINER" "$@"')
         self.assertRegex(self.doctor(ranks=2, code=0 if CORES > 1 else harness.USER_ERROR),
                          r"(?m)^ok +signals +SIGUSR1 to \S+ \(process \d+\) reaches every rank")
+
+
+class HangTest(DoctorTest):
+    def test_stopped_rank(self):
+        arguments = ["--doctor", "--threads", 1, "--run", self.folder / "run", "--hang-timeout", 4]
+        # Where the watchdogs leave what they agreed on.
+        with mock.patch.dict(os.environ, {"TMPDIR": str(self.folder)}), harness.Job(arguments, ranks=2) as job:
+            self.assertTrue(job.wait_for(lambda: "signals ..." in job.output(job.stderr)), job.output(job.stderr))
+            stopped = job.rank_pids()[1]
+            job.kill(stopped, signal.SIGSTOP)
+            outcome = job.finish(SECONDS)
+        self.assertEqual(outcome.code, HUNG, outcome)
+        self.assertRegex(outcome.stderr, rf"rank 1 .*{stopped}")
 
 
 class SlurmTest(DoctorTest):

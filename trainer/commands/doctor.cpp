@@ -3,10 +3,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <optional>
+#include <unistd.h>
 
 #include "kernels/make_backend.h"
 #include "kernels/matmul_peak.h"
+#include "trainer/checkpoint/file_plan.h"
 #include "trainer/commands/commands.h"
 #include "trainer/commands/doctor_directory.h"
 #include "trainer/commands/doctor_findings.h"
@@ -16,6 +19,7 @@
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/rank_device.h"
+#include "trainer/run/watchdog.h"
 
 namespace regroup {
 namespace {
@@ -39,7 +43,7 @@ void note_sizes(const Options& options, const ProcessGroup& world, JobFacts& job
   constexpr std::uint64_t kFloat = sizeof(float);
   const std::uint64_t moments = options.optimizer == "adamw" ? 2 * kFloat : 0;  // Adafactor's are small
   const auto weight = static_cast<std::uint64_t>(size_of(compute_dtype(options)));
-  job.largest_file = parameters * std::max(kFloat, moments);
+  job.largest_file = std::min(parameters * std::max(kFloat, moments), FileOptions().max_file_bytes);
   job.checkpoint_bytes = parameters * (kFloat + moments);
   job.kept_checkpoints = static_cast<std::uint64_t>(options.keep_last);
   const auto shares = static_cast<std::uint64_t>(std::max(options.layout.tensor_parallel, 1));
@@ -91,9 +95,21 @@ std::string failure_on_all(Check&& check) {
   return "";
 }
 
+constexpr double kPatience = 120;  // seconds for a check that hangs, on a dead file system or link
+
+// Where the watchdogs meet: not in the run directory, which is on trial. They make it when a check hangs;
+// those of other hosts are then without reports, and end by themselves.
+std::filesystem::path board_directory(const ProcessGroup& world) {
+  std::error_code ignored;
+  const auto now = std::chrono::system_clock::now().time_since_epoch().count();
+  return std::filesystem::temp_directory_path(ignored) /
+         world.broadcast(fmt::format("regroup-doctor-{}-{}", getpid(), now));
+}
+
 JobFacts examine(const Options& options, const ProcessGroup& world,
                  const std::map<std::string, std::string>& environment, const SignalWatch& watch,
                  const Log& log) {
+  const Watchdog watchdog(world, board_directory(world), std::min(options.hang_timeout, kPatience), log);
   JobFacts job{.device = options.device, .directory = options.run.string()};
   const ProcessGroup host = world.split_by_host();
   RankFacts facts = host_facts(launcher_of(environment), threads_of(options.threads, host.size()));

@@ -285,7 +285,7 @@ std::vector<Finding> judge_signals(const JobFacts& job) {
   }
   if (!job.signals_forbidden.empty()) {
     return {bad("signals", job.signals_forbidden, cost,
-                "send SIGUSR1 to the ranks themselves, or use the stop file")};
+                "send SIGUSR1 to the ranks themselves, or touch the file 'stop' in the run directory")};
   }
   if (job.signalled.empty()) return {note("signals", "not tested: " + job.signals_untested)};
   const auto missed = ranks_where(job, [](const RankFacts& r) { return !r.signalled; });
@@ -296,7 +296,7 @@ std::vector<Finding> judge_signals(const JobFacts& job) {
   return {bad("signals",
               fmt::format("SIGUSR1 to {} does not reach {}", job.signalled,
                           missed.size() == job.ranks.size() ? "any rank" : ranks_text(missed)),
-              cost, fmt::format("{}; or use the stop file", fix))};
+              cost, fmt::format("{}; or touch the file 'stop' in the run directory", fix))};
 }
 
 std::vector<Finding> judge_devices(const JobFacts& job) {

@@ -267,7 +267,7 @@ TEST(DoctorSignals, ThatDoNotArrive) {
   expect_fair(healthy(), "signals", Verdict::kFine, "SIGUSR1 to mpirun \\(process 12\\) reaches every rank");
   JobFacts job = healthy();
   job.ranks[3].signalled = job.ranks[5].signalled = false;
-  expect_bad(job, "signals", "does not reach ranks 3, 5", "stop file");
+  expect_bad(job, "signals", "does not reach ranks 3, 5", "touch the file 'stop'");
   for (RankFacts& rank : job.ranks) rank.signalled = false;
   expect_bad(job, "signals", "does not reach any rank", "exec");
 }
@@ -279,7 +279,7 @@ TEST(DoctorSignals, ThatWereNotSent) {
   job.signals_untested = "the launcher runs on a node that has no rank";
   expect_fair(job, "signals", Verdict::kNote, "not tested: the launcher runs");
   job.signals_forbidden = "mpiexec (process 12) does not catch SIGUSR1";
-  expect_bad(job, "signals", "mpiexec .* does not catch", "stop file");
+  expect_bad(job, "signals", "mpiexec .* does not catch", "touch the file 'stop'");
   job.signals_forbidden = "";
   job.ranks[2].wrapper = "bash (process 13)";
   expect_bad(job, "signals", "SIGUSR1 would end bash .* rank 2", "exec");
