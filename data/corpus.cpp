@@ -157,18 +157,22 @@ std::vector<std::int64_t> Corpus::document_starts(Split split, std::size_t shard
   return starts;
 }
 
-void Corpus::verify(int part, int parts) const {
-  require_checksum(tokenizer_file(), checksum_file(tokenizer_file()), manifest_.tokenizer_checksum);
+void Corpus::verify(int part, int parts, Heartbeat* heartbeat) const {
+  const auto require = [heartbeat](const std::filesystem::path& path, std::uint64_t expected) {
+    const auto beat = [heartbeat] {
+      if (heartbeat != nullptr) heartbeat->beat("checking the corpus");
+    };
+    require_checksum(path, checksum_file(path, beat), expected);
+  };
+  require(tokenizer_file(), manifest_.tokenizer_checksum);
   int number = 0;
   for (const Split split : kSplits) {
     const auto& mapped = shards_[static_cast<std::size_t>(split)];
     for (std::size_t i = 0; i < mapped.size(); ++i) {
       if (number++ % parts != part) continue;
       const auto& shard = manifest_.shards(split)[i];
-      require_checksum(mapped[i].tokens_file.path(), checksum(mapped[i].tokens_file.bytes()),
-                       shard.tokens_checksum);
-      require_checksum(mapped[i].documents_file.path(), checksum(mapped[i].documents_file.bytes()),
-                       shard.documents_checksum);
+      require(mapped[i].tokens_file.path(), shard.tokens_checksum);
+      require(mapped[i].documents_file.path(), shard.documents_checksum);
       document_starts(split, i);
     }
   }

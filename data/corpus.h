@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "data/corpus_manifest.h"
+#include "kernels/base/heartbeat.h"
 
 namespace regroup {
 
@@ -46,8 +47,9 @@ class Corpus {
   std::vector<std::int64_t> document_starts(Split split, std::size_t shard) const;
 
   // Reads every byte of the shards number `part`, `part` + `parts`, ... (over both splits) and of the
-  // tokenizer, and compares the checksums. Throws UserError naming the first file that differs.
-  void verify(int part = 0, int parts = 1) const;
+  // tokenizer, and compares the checksums. Throws UserError naming the first file that differs. `heartbeat`,
+  // where there is one, gets a beat for every megabyte.
+  void verify(int part = 0, int parts = 1, Heartbeat* heartbeat = nullptr) const;
 
  private:
   class MappedFile;

@@ -75,6 +75,15 @@ TEST(Corpus, VerifyFindsEveryFlippedBit) {
   EXPECT_NE(error_of([&] { corpus.verify(1, 2); }).find("tokens-00001.bin"), std::string::npos);
 }
 
+TEST(Corpus, VerifyBeatsForEveryMegabyte) {
+  const TemporaryFolder folder;
+  test::write_corpus(folder / "c", {test::random_tokens(2'000'000, 1)}, {});
+  Heartbeat heartbeat;
+  Corpus(folder / "c").verify(0, 1, &heartbeat);
+  EXPECT_GE(heartbeat.state().beats, 4U);
+  EXPECT_EQ(heartbeat.state().operation, "checking the corpus");
+}
+
 TEST(Corpus, RefusesTokensOutsideTheVocabulary) {
   const TemporaryFolder folder;
   test::write_corpus(folder / "c", {{5, 6, 999, 1000, 7}}, {});

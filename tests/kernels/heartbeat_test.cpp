@@ -48,6 +48,19 @@ TEST(Heartbeat, OfNestedWaitsTheInnermostIsNamed) {
   EXPECT_EQ(heartbeat.state().waits, 2U);
 }
 
+TEST(Heartbeat, CountsWaitsWithinAStep) {
+  Heartbeat heartbeat;
+  { const Heartbeat::Wait wait(heartbeat, "all_to_all"); }
+  { const Heartbeat::Wait wait(heartbeat, "all_to_all"); }
+  EXPECT_EQ(heartbeat.state().waits, 2U);
+  const std::uint64_t beats = heartbeat.state().beats;
+  heartbeat.set_step(3);
+  EXPECT_EQ(heartbeat.state().waits, 0U);
+  EXPECT_EQ(heartbeat.state().beats, beats) << "beats are never taken back";
+  { const Heartbeat::Wait wait(heartbeat, "all_reduce"); }
+  EXPECT_EQ(heartbeat.state().waits, 1U);
+}
+
 TEST(Heartbeat, MayBeReadWhileItIsWritten) {
   Heartbeat heartbeat;
   std::jthread writer([&heartbeat](const std::stop_token& stop) {

@@ -8,10 +8,12 @@
 #include "trainer/run/model_options.h"
 #include "trainer/run/progress.h"
 #include "trainer/run/rank_device.h"
+#include "trainer/run/watchdog.h"
 
 namespace regroup {
 
 int evaluate_command(const Options& asked, const ProcessGroup& world, const Log& log) {
+  const Watchdog watchdog(world, asked.hang_timeout, log);
   Options options = asked;
   const CheckpointSource source = find_checkpoint(world, options.checkpoint);
   const ModelConfig& config = source.config;

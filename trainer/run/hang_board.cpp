@@ -18,6 +18,29 @@ namespace {
 constexpr std::string_view kSuspicion = "suspicious-";
 constexpr std::string_view kVerdict = "verdict";
 
+class Descriptor {
+ public:
+  Descriptor(const std::filesystem::path& file, int flags)
+      : value_(::open(file.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | flags, 0644)) {}
+  ~Descriptor() {
+    if (value_ >= 0) ::close(value_);
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+
+  bool valid() const { return value_ >= 0; }
+  bool write(std::string_view text) const {
+    return ::write(value_, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  }
+
+ private:
+  int value_;
+};
+
+[[noreturn]] void refuse(const std::filesystem::path& file) {
+  throw SystemError("cannot write {}: {}", file.string(), std::strerror(errno));
+}
+
 }  // namespace
 
 HangBoard::HangBoard(std::filesystem::path folder, int rank) : folder_(std::move(folder)), rank_(rank) {}
@@ -40,7 +63,7 @@ HangBoard::Notices HangBoard::notices() const {
     int rank = 0;
     const char* const end = name.data() + name.size();
     const bool whole = std::from_chars(name.data() + kSuspicion.size(), end, rank).ptr == end;
-    if (whole) result.suspicious.push_back(rank);  // else it is still being written
+    if (whole) result.suspicious.push_back(rank);
   }
   if (failure && failure != std::errc::no_such_file_or_directory) {
     throw SystemError("cannot list {}: {}", folder_.string(), failure.message());
@@ -51,13 +74,24 @@ HangBoard::Notices HangBoard::notices() const {
 
 void HangBoard::suspect() {
   regroup::create_directories(folder_);
-  write_text(suspicion_file(rank_), "");
+  const std::filesystem::path file = suspicion_file(rank_);
+  if (!Descriptor(file, O_TRUNC).valid()) refuse(file);
 }
 
 void HangBoard::withdraw_suspicion() { std::filesystem::remove(suspicion_file(rank_)); }
 
 void HangBoard::report(const HangReport& report, const RankPlace& place) {
-  write_text(report_file(rank_), to_json(report, place));
+  const std::filesystem::path file = report_file(rank_);
+  const std::filesystem::path aside = folder_ / fmt::format("next-{:05}", rank_);
+  try {
+    const Descriptor descriptor(aside, O_TRUNC);
+    if (!descriptor.valid() || !descriptor.write(to_json(report, place))) refuse(aside);
+    std::filesystem::rename(aside, file);  // whoever reads it finds the old one or the new one
+  } catch (...) {
+    std::error_code ignored;
+    std::filesystem::remove(aside, ignored);
+    throw;
+  }
 }
 
 void HangBoard::withdraw_report() {
@@ -75,12 +109,11 @@ std::optional<HangReport> HangBoard::report_of(int rank) const {
 bool HangBoard::claim_verdict(const std::string& text) {
   const std::filesystem::path file = folder_ / kVerdict;
   // Only one of those that create it exclusively succeeds, on network file systems too.
-  const int descriptor = ::open(file.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (descriptor < 0 && errno == EEXIST) return false;
-  if (descriptor < 0) throw SystemError("cannot create {}: {}", file.string(), std::strerror(errno));
+  const Descriptor descriptor(file, O_EXCL);
+  if (!descriptor.valid() && errno == EEXIST) return false;
+  if (!descriptor.valid()) refuse(file);
   // For whoever looks later; the claim stands even where a full disk does not take the text.
-  [[maybe_unused]] const auto written = ::write(descriptor, text.data(), text.size());
-  ::close(descriptor);
+  static_cast<void>(descriptor.write(text));
   return true;
 }
 

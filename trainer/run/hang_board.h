@@ -12,7 +12,8 @@
 namespace regroup {
 
 // One rank's view of the folder, which is made when it is first written to. Every member but the constructor
-// throws UserError, SystemError or filesystem_error where the file system refuses.
+// throws UserError, SystemError or filesystem_error where the file system refuses. Nothing here waits for the
+// disk: while a checkpoint is written, that may take longer than a sign of life may.
 class HangBoard {
  public:
   HangBoard(std::filesystem::path folder, int rank);

@@ -1,6 +1,7 @@
 #include "trainer/run/hang_verdict.h"
 
 #include <algorithm>
+#include <utility>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
@@ -32,19 +33,23 @@ class Judgement {
     if (!silent.empty()) return of_silent(silent);
     const Ranks busy = where([](const auto& report) { return report->state.waits_in.empty(); });
     if (!busy.empty()) return of_busy(busy);
-    const auto waits = [this](std::size_t rank) { return reports_[rank]->state.waits; };
+    const auto place = [this](std::size_t rank) {  // in the program
+      return std::pair(reports_[rank]->state.step, reports_[rank]->state.waits);
+    };
     const Ranks all = where([](const auto&) { return true; });
-    const auto fewer = [&](std::size_t a, std::size_t b) { return waits(a) < waits(b); };
-    const auto least = std::min_element(all.begin(), all.end(), fewer);
-    const auto most = std::max_element(all.begin(), all.end(), fewer);
-    if (waits(*least) == waits(*most)) {
+    const auto earlier = [&](std::size_t a, std::size_t b) { return place(a) < place(b); };
+    const auto least = std::min_element(all.begin(), all.end(), earlier);
+    const auto most = std::max_element(all.begin(), all.end(), earlier);
+    if (place(*least) == place(*most)) {
       return fmt::format(
           "every rank waits for the others; {} too: a link, a GPU or the file system may be down",
           description(0));
     }
-    const Ranks behind = where([&](const auto& report) { return report->state.waits == waits(*least); });
-    return fmt::format("{} behind the others, in collective operation {}; {} waits in number {}",
-                       list(behind, "is", "are", true), waits(*least), description(*most), waits(*most));
+    Ranks behind = all;
+    std::erase_if(behind, [&](std::size_t rank) { return place(rank) != place(*least); });
+    return fmt::format("{} behind the others, in collective operation {} of the step; {} waits in number {}",
+                       list(behind, "is", "are", true), place(*least).second, description(*most),
+                       place(*most).second);
   }
 
  private:

@@ -30,8 +30,8 @@ HangReport hang_report_from_json(const std::string& text, const std::string& whe
 
 // One line that names the culprits, with host, process, step and operation, and says what to do; "" where
 // every rank has a report and one of them made progress within `timeout` seconds. The culprits are the ranks
-// without a report; else those that wait for nobody; else those that have come to fewer collective operations
-// than others; else it is nobody of them. `reports` and `places` are by rank.
+// without a report; else those that wait for nobody; else those that have come less far than others, by step
+// and collective operation; else it is nobody of them. `reports` and `places` are by rank.
 std::string hang_verdict(const std::vector<RankPlace>& places,
                          const std::vector<std::optional<HangReport>>& reports, double timeout);
 

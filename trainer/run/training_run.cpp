@@ -29,11 +29,15 @@ double seconds_now() {
 }  // namespace
 
 TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, const Log& log)
-    : options_(options), world_(world), log_(log), directory_(world, options.run, log) {
+    : options_(options),
+      world_(world),
+      log_(log),
+      watchdog_(world, options.hang_timeout, log),
+      directory_(world, options.run, log) {
   world_.run_together([&] { corpus_.emplace(options_.corpus); });
   choose_start();
   if (options_.verify_corpus) {
-    world_.run_together([&] { corpus_->verify(world_.rank(), world_.size()); });
+    world_.run_together([&] { corpus_->verify(world_.rank(), world_.size(), &world_.heartbeat()); });
   }
   if (source_ && !source_->state) {
     log_.info("{} does not say how long it was trained: parent-steps = {} is assumed", state_.parent,
@@ -447,7 +451,7 @@ int TrainingRun::run() {
   const auto draw = [&] { world_.run_on(0, [&] { plot_run(options_.run); }); };
   directory_.take();
   if (directory_.newest() != resumed_step_) choose_start();  // another job had the run until now
-  watchdog_ = std::make_unique<Watchdog>(world_, options_.run, options_.hang_timeout, log_);
+  watchdog_.use_board(world_, options_.run);
   if (resuming() && state_.step >= total_steps_) {
     log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);
     draw();

@@ -64,6 +64,7 @@ class TrainingRun {
   Options options_;  // with what was inherited
   const ProcessGroup& world_;
   const Log& log_;
+  Watchdog watchdog_;  // looks on from the first member's making to the last one's end
   SignalWatch signals_;
   RunDirectory directory_;
   std::optional<index_t> resumed_step_;     // of the checkpoint that is continued
@@ -82,7 +83,6 @@ class TrainingRun {
   std::unique_ptr<ModelRunner> runner_;
   std::unique_ptr<Optimizer> optimizer_;
   std::string kept_tuning_;
-  std::unique_ptr<Watchdog> watchdog_;
   std::unique_ptr<RunSaver> saver_;  // its writing is waited for while the watchdog looks on
   std::unique_ptr<BatchStream> batches_;
   std::unique_ptr<RunReporter> reporter_;  // rank 0

@@ -1,7 +1,6 @@
 #include "trainer/run/watchdog.h"
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <limits>
@@ -9,6 +8,8 @@
 #include <unistd.h>
 #include <utility>
 
+#include "kernels/base/error.h"
+#include "kernels/base/host.h"
 #include "trainer/exit_code.h"
 
 namespace regroup {
@@ -16,8 +17,10 @@ namespace {
 
 // How often a rank looks at its heartbeat and at the board.
 double tick_of(double timeout) { return std::clamp(timeout / 20, 0.05, 5.0); }
-// How long a rank may be without a new report. Network file systems may show a change a minute late.
+// Network file systems may show a change a minute late: so long may a rank be without a new report, and twice
+// as long without its first, for it has to see the suspicion before.
 double grace_of(double timeout) { return 15 * tick_of(timeout); }
+double first_grace_of(double timeout) { return 2 * grace_of(timeout); }
 
 // So many of the ranks that suspect a hang read all reports: one would do, but it may itself be stopped.
 constexpr std::ptrdiff_t kJudges = 4;
@@ -31,12 +34,6 @@ bool sleep(const std::stop_token& stop, double seconds) {
   std::unique_lock lock(mutex);
   never.wait_for(lock, stop, std::chrono::duration<double>(seconds), [] { return false; });
   return !stop.stop_requested();
-}
-
-std::string host_name() {
-  std::array<char, 256> name{};
-  ::gethostname(name.data(), name.size() - 1);
-  return name.data();
 }
 
 std::vector<RankPlace> gather_places(const ProcessGroup& world) {
@@ -69,33 +66,42 @@ void end_process(const Log& log, const std::string& message) {
 
 }  // namespace
 
+Watchdog::Watchdog(const ProcessGroup& world, double timeout, const Log& log)
+    : Watchdog(world.heartbeat(), {.host = host_name(), .pid = ::getpid()}, world.rank(), timeout,
+               [log](const std::string& message) { end_process(log, message); }) {}
+
 Watchdog::Watchdog(const ProcessGroup& world, const std::filesystem::path& directory, double timeout,
                    const Log& log)
-    : Watchdog{world.heartbeat(),
-               gather_places(world),
-               make_board(world, directory),
-               world.rank(),
-               timeout,
-               [log](const std::string& message) { end_process(log, message); }} {}  // braces: in this order
+    : Watchdog(world, timeout, log) {
+  use_board(world, directory);
+}
 
-Watchdog::Watchdog(const Heartbeat& heartbeat, std::vector<RankPlace> places, HangBoard board, int rank,
-                   double timeout, End end)
-    : heartbeat_(heartbeat),
-      places_(std::move(places)),
-      board_(std::move(board)),
-      rank_(rank),
-      timeout_(timeout),
-      end_(std::move(end)) {
+Watchdog::Watchdog(const Heartbeat& heartbeat, RankPlace place, int rank, double timeout, End end)
+    : heartbeat_(heartbeat), place_(std::move(place)), rank_(rank), timeout_(timeout), end_(std::move(end)) {
   if (timeout_ <= 0) return;
-  watching_ = std::jthread([this](const std::stop_token& stop) { watch(stop); });
   watching_alone_ = std::jthread([this](const std::stop_token& stop) { watch_alone(stop); });
 }
 
 Watchdog::~Watchdog() = default;
 
+void Watchdog::use_board(const ProcessGroup& world, const std::filesystem::path& directory) {
+  std::vector<RankPlace> places = gather_places(world);
+  use_board(std::move(places), make_board(world, directory));
+}
+
+void Watchdog::use_board(std::vector<RankPlace> places, HangBoard board) {
+  check(!board_, "a watchdog has one board");
+  places_ = std::move(places);
+  board_.emplace(std::move(board));
+  if (timeout_ <= 0) return;
+  board_fails("does not answer: its file system may be down");  // for as long as a round lasts
+  watching_ = std::jthread([this](const std::stop_token& stop) { watch(stop); });
+}
+
 double Watchdog::bound(double timeout) {
   constexpr double kAFewSeconds = 15;
-  return timeout > 0 ? timeout + grace_of(timeout) + kAFewSeconds : std::numeric_limits<double>::infinity();
+  return timeout > 0 ? timeout + first_grace_of(timeout) + kAFewSeconds
+                     : std::numeric_limits<double>::infinity();
 }
 
 void Watchdog::end(const std::string& message) {
@@ -106,15 +112,17 @@ void Watchdog::watch(const std::stop_token& stop) {
   while (!ended_ && sleep(stop, tick_of(timeout_))) {
     try {
       round();
+      board_fails("does not answer: its file system may be down");
       ++rounds_;
-    } catch (const std::exception&) {
+    } catch (const std::exception& error) {
       // A file system that refuses is no hang. If it goes on and there is one, watch_alone() ends it.
+      board_fails(fmt::format("refuses: {}", error.what()));
     }
   }
   if (ended_) return;
   try {
-    if (suspects_) board_.withdraw_suspicion();
-    if (reports_) board_.withdraw_report();
+    if (suspects_) board_->withdraw_suspicion();
+    if (reports_) board_->withdraw_report();
   } catch (const std::exception&) {
     // The next job removes them.
   }
@@ -128,21 +136,21 @@ void Watchdog::round() {
   beats_ = own_.state.beats;
   const bool suspects = own_.still >= timeout_;
   if (suspects && !suspects_) {
-    board_.suspect();
+    board_->suspect();
     suspects_ = true;
     seen_.assign(places_.size(), {});
   }
   if (!suspects && suspects_) {
-    board_.withdraw_suspicion();
+    board_->withdraw_suspicion();
     suspects_ = false;
   }
-  const HangBoard::Notices notices = board_.notices();
+  const HangBoard::Notices notices = board_->notices();
   if (notices.judged) return end("");
   if (!notices.suspicious.empty()) {
-    board_.report(own_, places_[static_cast<std::size_t>(rank_)]);
+    board_->report(own_, place_);
     reports_ = true;
   } else if (reports_) {
-    board_.withdraw_report();
+    board_->withdraw_report();
     reports_ = false;
   }
   const auto place = std::find(notices.suspicious.begin(), notices.suspicious.end(), rank_);
@@ -151,30 +159,42 @@ void Watchdog::round() {
 
 void Watchdog::judge() {
   std::vector<std::optional<HangReport>> reports;
+  bool one_may_come = false;
   for (std::size_t rank = 0; rank < places_.size(); ++rank) {
     Seen& seen = seen_[rank];
     const bool mine = static_cast<int>(rank) == rank_;
-    const auto report = mine ? own_ : board_.report_of(static_cast<int>(rank));
+    const auto report = mine ? own_ : board_->report_of(static_cast<int>(rank));
     if (report && (!seen.report || seen.report->number != report->number)) {
       seen = {.report = report};
     } else {
       seen.age += tick_of(timeout_);
     }
-    const bool silent = seen.age >= grace_of(timeout_);
-    if (!silent && !seen.report) return;  // it may yet come
+    const bool silent = seen.age >= (seen.report ? grace_of(timeout_) : first_grace_of(timeout_));
+    one_may_come = one_may_come || (!silent && !seen.report);
     reports.push_back(silent ? std::nullopt : seen.report);
   }
+  if (one_may_come) return;
   const std::string verdict = hang_verdict(places_, reports, timeout_);
   if (verdict.empty()) return;
-  end(board_.claim_verdict(verdict) ? verdict : "");
+  end(board_->claim_verdict(verdict) ? verdict : "");
 }
 
-// Without files and without the others, in case the file system is what hangs: the main thread, or the file
-// accesses of watch(), or both.
+void Watchdog::board_fails(const std::string& how) {
+  const std::lock_guard lock(mutex_);
+  board_fails_ = fmt::format(", and {} {}", board_->folder().string(), how);
+}
+
+std::string Watchdog::alone_because() const {
+  const std::lock_guard lock(mutex_);
+  return board_fails_;
+}
+
+// Without files and without the others: before there is a board, and in case the file system is what hangs:
+// the main thread, or the file accesses of watch(), or both.
 void Watchdog::watch_alone(const std::stop_token& stop) {
   const double tick = tick_of(timeout_);
   // Rank 0 first: where all have the same to say, the launcher ends the others meanwhile.
-  const double limit = timeout_ + grace_of(timeout_) + std::min(5.0, 0.1 * rank_);
+  const double limit = timeout_ + first_grace_of(timeout_) + std::min(5.0, 0.1 * rank_);
   std::uint64_t beats = 0, rounds = 0;
   double still = 0;
   while (!ended_ && sleep(stop, tick)) {
@@ -183,14 +203,11 @@ void Watchdog::watch_alone(const std::stop_token& stop) {
     beats = state.beats;
     rounds = rounds_;
     if (still < limit) continue;
-    const RankPlace& place = places_[static_cast<std::size_t>(rank_)];
     return end(fmt::format(
-        "the job hangs: rank {} on {} (process {}) has made no progress in {:.0f} s, at step {} in {}'{}', "
-        "and "
-        "{} does not answer: its file system may be down. The job is ended, and the same command resumes "
-        "from its last checkpoint",
-        rank_, place.host, place.pid, still, state.step,
-        state.waits_in.empty() ? "" : state.waits_in + " of ", state.operation, board_.folder().string()));
+        "the job hangs: rank {} on {} (process {}) has made no progress in {:.0f} s, at step {} in {}'{}'{}. "
+        "The job is ended, and the same command resumes a run from its last checkpoint",
+        rank_, place_.host, place_.pid, still, state.step,
+        state.waits_in.empty() ? "" : state.waits_in + " of ", state.operation, alone_because()));
   }
 }
 

@@ -78,12 +78,25 @@ TEST(HangVerdict, OfARunOfOneRank) {
 }
 
 TEST(HangVerdict, OfOneThatIsACollectiveBehind) {
-  EXPECT_EQ(verdict({waiting(), waiting("tp broadcast", 38), waiting(), waiting()}),
-            std::string("the job hangs: rank 1 on node0 (process 101), at step 12 in tp broadcast of "
-                        "'forward and backward', is behind the others, in collective operation 38; rank 0 on "
-                        "node0 (process 100), at step 12 in dp all_reduce of 'forward and backward', waits "
-                        "in number 40") +
-                kEnd);
+  EXPECT_EQ(
+      verdict({waiting(), waiting("tp broadcast", 38), waiting(), waiting()}),
+      std::string("the job hangs: rank 1 on node0 (process 101), at step 12 in tp broadcast of "
+                  "'forward and backward', is behind the others, in collective operation 38 of the step; "
+                  "rank 0 on "
+                  "node0 (process 100), at step 12 in dp all_reduce of 'forward and backward', waits "
+                  "in number 40") +
+          kEnd);
+}
+
+TEST(HangVerdict, OfOneThatIsAStepBehindThoughItWaitedMoreOften) {
+  HangReport behind = waiting("all_reduce", 90);
+  behind.state.step = 11;
+  const std::string text = verdict({waiting("dp all_reduce", 3), behind, waiting("dp all_reduce", 3)});
+  EXPECT_NE(
+      text.find("hangs: rank 1 on node0 (process 101), at step 11 in all_reduce of 'forward and backward', "
+                "is behind the others, in collective operation 90 of the step; rank 0 on node0"),
+      std::string::npos)
+      << text;
 }
 
 TEST(HangVerdict, OfALinkThatIsDown) {

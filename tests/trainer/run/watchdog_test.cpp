@@ -27,19 +27,25 @@ constexpr auto kBound = std::chrono::seconds(60);
 
 class WatchdogTest : public testing::Test {
  protected:
-  // The ranks' watchdogs; a rank that is `stopped` has none.
-  void start(int ranks, std::optional<int> stopped = std::nullopt) {
+  // The ranks' watchdogs; those from rank `stopped` on have none.
+  void start(int ranks, std::optional<int> stopped = std::nullopt, double timeout = kTimeout) {
     std::vector<RankPlace> places;
     for (int r = 0; r < ranks; ++r) {
       places.push_back({.host = fmt::format("node{}", r), .pid = 100 + r});
       hearts_.emplace_back();
     }
     for (int rank = 0; rank < ranks; ++rank) {
-      if (rank == stopped) continue;
-      watchdogs_.push_back(std::make_unique<Watchdog>(
-          hearts_[static_cast<std::size_t>(rank)], places, HangBoard(folder_.path() / "run" / "hang", rank),
-          rank, kTimeout, [this](const std::string& message) { note(message); }));
+      if (rank >= stopped.value_or(ranks)) continue;
+      const auto r = static_cast<std::size_t>(rank);
+      watchdogs_.push_back(alone(hearts_[r], places[r], rank, timeout));
+      watchdogs_.back()->use_board(places, board(rank));
     }
+  }
+  HangBoard board(int rank) const { return {folder_.path() / "run" / "hang", rank}; }
+  std::unique_ptr<Watchdog> alone(const Heartbeat& heart, const RankPlace& place, int rank,
+                                  double timeout = kTimeout) {
+    return std::make_unique<Watchdog>(heart, place, rank, timeout,
+                                      [this](const std::string& message) { note(message); });
   }
   void note(const std::string& message) {
     const std::lock_guard lock(mutex_);
@@ -160,7 +166,54 @@ TEST_F(WatchdogTest, AFileSystemThatRefusesDoesNotHideAHang) {
   ASSERT_EQ(told.size(), 1U);
   EXPECT_NE(told[0].find("rank 0 on node0 (process 100) has made no progress"), std::string::npos) << told[0];
   EXPECT_NE(told[0].find("at step 3 in 'saving'"), std::string::npos) << told[0];
-  EXPECT_NE(told[0].find("does not answer"), std::string::npos) << told[0];
+  EXPECT_NE(told[0].find("refuses: cannot "), std::string::npos) << told[0];
+}
+
+TEST_F(WatchdogTest, AloneItEndsARankThatDoesNotMove) {
+  hearts_.emplace_back();
+  hearts_[0].beat("checking a checkpoint");
+  const Heartbeat::Wait wait(hearts_[0], "all_gather");
+  watchdogs_.push_back(alone(hearts_[0], {.host = "node0", .pid = 100}, 0));
+  const std::vector<std::string> told = messages_of(1);
+  ASSERT_EQ(told.size(), 1U);
+  EXPECT_NE(told[0].find("hangs: rank 0 on node0 (process 100) has made no progress"), std::string::npos)
+      << told[0];
+  EXPECT_NE(told[0].find("at step 0 in all_gather of 'checking a checkpoint'. The job is ended"),
+            std::string::npos)
+      << told[0];
+  EXPECT_EQ(left(), 0U);
+}
+
+TEST_F(WatchdogTest, AloneItLeavesARankThatBeats) {
+  hearts_.emplace_back();
+  const std::jthread beats = beating(hearts_[0]);
+  watchdogs_.push_back(alone(hearts_[0], {}, 0));
+  std::this_thread::sleep_for(2 * kManyTimeouts);
+  EXPECT_EQ(ends(), 0U);
+}
+
+TEST_F(WatchdogTest, AFirstReportHasTwiceTheTimeOfALaterOne) {
+  constexpr double kLongTimeout = 2;  // a tick is 0.1 s: 1.5 s from report to report
+  start(2, /*stopped=*/1, kLongTimeout);
+  const auto end = std::chrono::steady_clock::now() + kBound;
+  while (left() == 0 && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(Milliseconds(5));
+  std::this_thread::sleep_for(Milliseconds(2200));
+  HangBoard late = board(1);
+  for (std::uint64_t number = 1; number < 100; ++number) {
+    late.report({.number = number, .state = {.operation = "saving"}}, {});
+    std::this_thread::sleep_for(Milliseconds(20));
+  }
+  EXPECT_EQ(ends(), 0U);
+}
+
+TEST_F(WatchdogTest, SilentRanksAreWaitedForAtTheSameTime) {
+  const auto begin = std::chrono::steady_clock::now();
+  start(40, /*stopped=*/1);
+  const std::vector<std::string> told = messages_of(1);
+  ASSERT_EQ(told.size(), 1U);
+  EXPECT_NE(told[0].find("and 35 more give no sign of life"), std::string::npos) << told[0];
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  EXPECT_LT(took.count(), Watchdog::bound(kTimeout));
 }
 
 TEST_F(WatchdogTest, AFileAccessThatDoesNotEndDoesNotHideAHang) {
@@ -184,8 +237,8 @@ TEST_F(WatchdogTest, AFileAccessThatDoesNotEndDoesNotHideAHang) {
 TEST_F(WatchdogTest, WatchesNothingWithATimeoutOfZeroOrOnceItIsGone) {
   start(1);
   watchdogs_.clear();
-  const Watchdog never(hearts_[0], {{}}, HangBoard(folder_.path() / "run" / "hang", 0), 0, 0,
-                       [this](const std::string& message) { note(message); });
+  const std::unique_ptr<Watchdog> never = alone(hearts_[0], {}, 0, /*timeout=*/0);
+  never->use_board({{}}, board(0));
   std::this_thread::sleep_for(kManyTimeouts);
   EXPECT_EQ(ends(), 0U);
   EXPECT_EQ(left(), 0U);
@@ -195,15 +248,35 @@ TEST_F(WatchdogTest, EndsItsWatchAtOnceWhateverTheTimeout) {
   const auto begin = std::chrono::steady_clock::now();
   hearts_.emplace_back();
   {
-    const Watchdog watchdog(hearts_[0], {{}}, HangBoard(folder_.path() / "hang", 0), 0, 1e6, [](auto&) {});
+    Watchdog watchdog(hearts_[0], {}, 0, 1e6, [](auto&) {});
+    watchdog.use_board({{}}, board(0));
   }
   EXPECT_LT(std::chrono::steady_clock::now() - begin, Milliseconds(4000)) << "a tick is 5 s";
 }
 
 TEST_F(WatchdogTest, TheBoundIsTheTimeoutAndSomeMore) {
-  EXPECT_GT(Watchdog::bound(600), 675);
-  EXPECT_LT(Watchdog::bound(600), 700);
+  EXPECT_GT(Watchdog::bound(600), 750);
+  EXPECT_LT(Watchdog::bound(600), 775);
   EXPECT_EQ(Watchdog::bound(0), std::numeric_limits<double>::infinity());
+}
+
+TEST(HangBoardTest, AReportReplacesTheOneBeforeAndLeavesNothingElse) {
+  const test::TemporaryDirectory folder;
+  HangBoard own(folder / "hang", 3);
+  const HangBoard other(folder / "hang", 0);
+  own.suspect();
+  EXPECT_EQ(other.report_of(3), std::nullopt);
+  for (const std::uint64_t number : {1U, 2U}) {
+    own.report({.number = number}, {.host = "node0", .pid = 1});
+    const std::optional<HangReport> report = other.report_of(3);
+    ASSERT_TRUE(report.has_value());
+    EXPECT_EQ(report->number, number);
+  }
+  const std::filesystem::directory_iterator files(folder / "hang");
+  EXPECT_EQ(std::distance(begin(files), end(files)), 2);
+  own.withdraw_suspicion();
+  own.withdraw_report();
+  EXPECT_FALSE(std::filesystem::exists(folder / "hang"));
 }
 
 TEST(HangBoardTest, TheVerdictIsClaimedOnce) {
