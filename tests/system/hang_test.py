@@ -60,7 +60,7 @@ class HangTest(HangCase):
         told = self.line_of(outcome)
         host = re.escape(socket.gethostname())
         self.assertRegex(told, rf"rank {victim} on {host} \(process {pid}\) gives no sign of life: .*stopped.*; "
-                                  rf"rank {1 - victim} on {host} \(process \d+\), at step \d+ in .+ of '.+', waits")
+                               rf"rank {1 - victim} on {host} \(process \d+\), at step \d+ in .+ of '.+', waits")
         self.assertRegex(told, "the same command resumes from its last checkpoint")
         step = int(re.search(r"at step (\d+)", told).group(1))
         done = harness.metrics(run, "train")[-1]["step"]
