@@ -90,6 +90,27 @@ bool fits(index_t groups, index_t tp) { return groups % tp == 0 || tp % groups =
 
 std::vector<ParameterSpec> parameter_table(const ModelConfig& config) { return TableBuilder(config).build(); }
 
+std::vector<AttentionSite> attention_sites(const ModelConfig& config) {
+  std::vector<AttentionSite> sites;
+  for (index_t layer = 0; layer < config.num_layers; ++layer) {
+    sites.push_back({.kind = AttentionKind::kEncoderSelf,
+                     .layer = layer,
+                     .prefix = fmt::format("encoder.block.{}.layer.0.SelfAttention.", layer),
+                     .kv_groups = config.encoder_kv_groups});
+  }
+  for (index_t layer = 0; layer < config.num_decoder_layers; ++layer) {
+    sites.push_back({.kind = AttentionKind::kDecoderSelf,
+                     .layer = layer,
+                     .prefix = fmt::format("decoder.block.{}.layer.0.SelfAttention.", layer),
+                     .kv_groups = config.kv_groups});
+    sites.push_back({.kind = AttentionKind::kCross,
+                     .layer = layer,
+                     .prefix = fmt::format("decoder.block.{}.layer.1.EncDecAttention.", layer),
+                     .kv_groups = config.kv_groups});
+  }
+  return sites;
+}
+
 void validate_tensor_parallel(const ModelConfig& config, int tensor_parallel) {
   const auto fault = [&config](index_t tp) -> std::string {
     const std::map<const char*, index_t> divided = {

@@ -28,6 +28,19 @@ struct ParameterSpec {
 // 32)); norms 1.
 std::vector<ParameterSpec> parameter_table(const ModelConfig& config);
 
+// One attention of the model: a site, as conversion and calibration count them.
+enum class AttentionKind { kEncoderSelf, kDecoderSelf, kCross };
+struct AttentionSite {
+  AttentionKind kind = AttentionKind::kEncoderSelf;
+  index_t layer = 0;   // of its stack
+  std::string prefix;  // "decoder.block.3.layer.1.EncDecAttention."; q.weight and so on follow
+  index_t kv_groups = 0;
+};
+
+// All attentions in the order of the parameter table: the encoder's, then self- and cross-attention of each
+// decoder layer.
+std::vector<AttentionSite> attention_sites(const ModelConfig& config);
+
 // Refuses a tensor_parallel that does not divide num_heads, d_ff and vocab_size, or for which neither
 // kv_groups divides it nor it divides kv_groups. UserError naming the values that would do.
 void validate_tensor_parallel(const ModelConfig& config, int tensor_parallel);
