@@ -5,82 +5,31 @@
 #include <string_view>
 #include <utility>
 
-#include <fmt/ranges.h>
-
 #include "kernels/base/error.h"
 #include "kernels/base/random.h"
+#include "trainer/conversion/head_factors.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {
 namespace {
 
-constexpr std::array<std::pair<std::string_view, Pooling>, 3> kPoolings = {
-    {{"mean", Pooling::kMean}, {"first", Pooling::kFirst}, {"random", Pooling::kRandom}}};
+bool is_merged(Pooling pooling) { return pooling == Pooling::kSpectral || pooling == Pooling::kCalibrated; }
 
-template <class T>
-void check_same(std::string_view field, T parent, T target) {
-  if (parent == target) return;
-  throw UserError(
-      "the checkpoint's model has {} = {}, but {} is configured; conversion changes only kv_groups", field,
-      parent, target);
-}
+bool in_order(const std::vector<index_t>& order) { return std::is_sorted(order.begin(), order.end()); }
 
-void check_groups(std::string_view field, index_t parent, index_t target) {
-  if (target >= 1 && target <= parent && parent % target == 0) return;
-  std::vector<index_t> legal;
-  for (index_t groups = 1; groups <= parent; ++groups) {
-    if (parent % groups == 0) legal.push_back(groups);
-  }
-  throw UserError("{} = {} is impossible from a checkpoint that has {} key/value groups; use one of {}",
-                  field, target, parent, fmt::join(legal, ", "));
-}
-
-// The parameters whose number of heads differs between the two models, by name.
-std::map<std::string, Regrouping> regroupings(const ModelConfig& parent, const ModelConfig& target) {
-  const auto from = parameter_table(parent);
-  const auto to = parameter_table(target);
-  check(from.size() == to.size(), "a conversion between tables of {} and {} parameters", from.size(),
-        to.size());
-  std::map<std::string, Regrouping> result;
-  for (std::size_t i = 0; i < to.size(); ++i) {
-    if (from[i].shape == to[i].shape) continue;
-    check(from[i].name == to[i].name && to[i].partition.kind == Partition::Kind::kKvGroups &&
-              from[i].shape[0] % to[i].shape[0] == 0 && from[i].shape[1] == to[i].shape[1],
-          "'{}' cannot be regrouped", to[i].name);
-    result[to[i].name] = {.source_rows = from[i].shape[0],
-                          .heads_per_group = from[i].shape[0] / to[i].shape[0],
-                          .scale = to[i].scale};
-  }
-  return result;
+void store(const Matrix& from, const Tensor& to) {
+  check(to.rank == 2 && to.is_contiguous() && to.has_shape({from.rows, from.columns}), "[{}, {}] into {}",
+        from.rows, from.columns, to.describe());
+  std::transform(from.values.begin(), from.values.end(), to.as<float>(),
+                 [](double value) { return static_cast<float>(value); });
 }
 
 }  // namespace
 
-Pooling pooling_from_string(const std::string& name) {
-  for (const auto& [text, pooling] : kPoolings) {
-    if (text == name) return pooling;
-  }
-  throw UserError("pooling = {} is unknown{}; use one of {}", name, did_you_mean(name, pooling_names()),
-                  fmt::join(pooling_names(), ", "));
-}
-
-std::string to_string(Pooling pooling) {
-  for (const auto& [text, value] : kPoolings) {
-    if (value == pooling) return std::string(text);
-  }
-  throw InternalError("unknown pooling {}", static_cast<int>(pooling));
-}
-
-std::vector<std::string> pooling_names() {
-  std::vector<std::string> names;
-  names.reserve(std::size(kPoolings));
-  for (const auto& [text, value] : kPoolings) names.emplace_back(text);
-  return names;
-}
-
 void pool_heads(const Tensor& source, const Tensor& out, index_t heads_per_group, index_t d_kv,
                 Pooling pooling) {
-  check(pooling != Pooling::kRandom, "fresh heads are drawn, not pooled");
+  check(pooling == Pooling::kMean || pooling == Pooling::kFirst, "heads are not pooled by {}",
+        to_string(pooling));
   check(source.rank == 2 && out.rank == 2 && source.is_contiguous() && out.is_contiguous() &&
             heads_per_group >= 1 && d_kv >= 1 && out[0] % d_kv == 0 &&
             source[0] == out[0] * heads_per_group && source[1] == out[1],
@@ -111,54 +60,138 @@ void draw_heads(const Tensor& out, const std::string& name, index_t row_begin, d
   }
 }
 
-void validate_conversion(const ModelConfig& parent, const ModelConfig& target) {
-  check_same("vocab_size", parent.vocab_size, target.vocab_size);
-  check_same("d_model", parent.d_model, target.d_model);
-  check_same("d_kv", parent.d_kv, target.d_kv);
-  check_same("d_ff", parent.d_ff, target.d_ff);
-  check_same("num_heads", parent.num_heads, target.num_heads);
-  check_same("num_layers", parent.num_layers, target.num_layers);
-  check_same("num_decoder_layers", parent.num_decoder_layers, target.num_decoder_layers);
-  check_same("relative_attention_num_buckets", parent.relative_attention_num_buckets,
-             target.relative_attention_num_buckets);
-  check_same("relative_attention_max_distance", parent.relative_attention_max_distance,
-             target.relative_attention_max_distance);
-  check_same("layer_norm_epsilon", parent.layer_norm_epsilon, target.layer_norm_epsilon);
-  check_groups("kv_groups", parent.kv_groups, target.kv_groups);
-  check_groups("encoder_kv_groups", parent.encoder_kv_groups, target.encoder_kv_groups);
-}
-
 ConvertingReader::ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent,
-                                   const ModelConfig& target, const ConversionOptions& options)
-    : reader_(reader), d_kv_(target.d_kv), d_model_(target.d_model), options_(options) {
+                                   const ModelConfig& target, ConversionPlan plan)
+    : reader_(reader), d_kv_(target.d_kv), d_model_(target.d_model), plan_(std::move(plan)) {
   validate_conversion(parent, target);
   reader.require(parameter_table(parent));
-  regroupings_ = regroupings(parent, target);
+  using Role = Change::Role;
+  constexpr std::array<std::pair<std::string_view, Role>, 5> kRoles = {
+      {{"q.weight", Role::kQuery},
+       {"k.weight", Role::kKey},
+       {"v.weight", Role::kValue},
+       {"o.weight", Role::kOutput},
+       {"relative_attention_bias.weight", Role::kBias}}};
+  for (const SiteConversion& site : plan_.sites) {
+    for (const auto& [weight, role] : kRoles) {
+      const bool left = role == Role::kQuery || role == Role::kOutput;
+      if (left && !is_merged(plan_.options.pooling) && in_order(site.order)) continue;
+      if (role == Role::kBias && in_order(site.order)) continue;
+      changes_[site.parent.prefix + std::string(weight)] = {.role = role, .site = &site};
+    }
+  }
+  const auto from = parameter_table(parent);
+  const auto to = parameter_table(target);
+  check(from.size() == to.size(), "a conversion between tables of {} and {} parameters", from.size(),
+        to.size());
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    const auto change = changes_.find(to[i].name);
+    if (change != changes_.end()) change->second.scale = to[i].scale;
+    check(from[i].shape == to[i].shape || change != changes_.end(), "'{}' is not in the conversion's plan",
+          to[i].name);
+  }
 }
 
 void ConvertingReader::read(const ShardedTensor& to) const {
-  const auto at = regroupings_.find(to.name);
-  if (at == regroupings_.end()) {
+  const auto at = changes_.find(to.name);
+  if (at == changes_.end()) {
     reader_.read(to);
     return;
   }
-  const auto& [source_rows, heads_per_group, scale] = at->second;
+  using Role = Change::Role;
+  const Change& change = at->second;
+  if (change.role == Role::kBias) {
+    read_bias(to, change);
+  } else if (change.role == Role::kQuery || change.role == Role::kOutput) {
+    read_left(to, change);
+  } else {
+    read_shared(to, change);
+  }
+}
+
+// Of each slot the parent's head, multiplied by its mix.
+void ConvertingReader::read_left(const ShardedTensor& to, const Change& change) const {
+  const SiteConversion& site = *change.site;
+  const bool query = change.role == Change::Role::kQuery;
   const Slice& slice = to.slice;
-  check(slice.dim == 0 && to.shape[0] * heads_per_group == source_rows && slice.begin % d_kv_ == 0 &&
+  check(slice.dim == (query ? 0 : 1) && slice.begin % d_kv_ == 0 && slice.end % d_kv_ == 0,
+        "the slice of '{}' that is to be filled is not of whole heads", to.name);
+  const std::vector<SharedHead>& groups = query ? site.keys : site.values;
+  const index_t queries = site.queries_per_head(), heads = site.heads_per_group();
+  Matrix columns(d_model_, query ? 0 : slice.end - slice.begin);  // of outputs
+  for (index_t slot = slice.begin / d_kv_; slot < slice.end / d_kv_; ++slot) {
+    const index_t shared = slot / queries;  // the slot's key/value head, in the plan's order
+    const index_t head = site.order[static_cast<std::size_t>(shared)] * queries + slot % queries;
+    const Matrix* const mix =
+        groups.empty()
+            ? nullptr
+            : &groups[static_cast<std::size_t>(shared / heads)].mix[static_cast<std::size_t>(shared % heads)];
+    const index_t at = slot * d_kv_ - slice.begin;
+    if (query) {
+      const Matrix weight = read_head(reader_, to.name, head, d_kv_, d_model_);
+      store(mix == nullptr ? weight : product(*mix, weight, Transpose::kYes),
+            to.local.slice(0, at, at + d_kv_));
+      continue;
+    }
+    const Matrix weight = read_output_head(reader_, to.name, head, d_kv_, d_model_);
+    const Matrix mixed = mix == nullptr ? weight : product(weight, *mix);
+    for (index_t i = 0; i < d_model_; ++i) {
+      std::copy(mixed.row(i), mixed.row(i) + d_kv_, columns.row(i) + at);
+    }
+  }
+  if (!query) store(columns, to.local);
+}
+
+// One group at a time: the heads of a group are all that is ever held beside the result.
+void ConvertingReader::read_shared(const ShardedTensor& to, const Change& change) const {
+  const SiteConversion& site = *change.site;
+  const Slice& slice = to.slice;
+  const index_t heads = site.heads_per_group();
+  check(slice.dim == 0 && to.shape[0] == site.target.kv_groups * d_kv_ && slice.begin % d_kv_ == 0 &&
             slice.end % d_kv_ == 0 && to.local.has_shape({slice.end - slice.begin, d_model_}),
         "the slice of '{}' that is to be filled is not of whole groups", to.name);
-  if (options_.pooling == Pooling::kRandom) {
-    draw_heads(to.local, to.name, slice.begin, scale, options_.seed);
+  if (plan_.options.pooling == Pooling::kRandom) {
+    draw_heads(to.local, to.name, slice.begin, change.scale, plan_.options.seed);
     return;
   }
-  // One group at a time: the heads of a group are all that is ever held beside the result.
-  std::vector<float> heads(static_cast<std::size_t>(heads_per_group * d_kv_ * d_model_));
-  const Tensor source(heads.data(), DType::kFloat32, {heads_per_group * d_kv_, d_model_});
+  const bool merged = is_merged(plan_.options.pooling);
+  const std::vector<SharedHead>& groups = change.role == Change::Role::kKey ? site.keys : site.values;
+  std::vector<float> floats(static_cast<std::size_t>(merged ? 0 : heads * d_kv_ * d_model_));
   for (index_t row = slice.begin; row < slice.end; row += d_kv_) {
-    reader_.read(to.name, 0, row * heads_per_group, (row + d_kv_) * heads_per_group, source);
-    pool_heads(source, to.local.slice(0, row - slice.begin, row - slice.begin + d_kv_), heads_per_group,
-               d_kv_, options_.pooling);
+    const index_t group = row / d_kv_;
+    const Tensor out = to.local.slice(0, row - slice.begin, row - slice.begin + d_kv_);
+    std::vector<Matrix> members;
+    for (index_t i = 0; i < heads; ++i) {
+      const index_t head = site.order[static_cast<std::size_t>(group * heads + i)];
+      if (merged) {
+        members.push_back(read_head(reader_, to.name, head, d_kv_, d_model_));
+        continue;
+      }
+      reader_.read(to.name, 0, head * d_kv_, (head + 1) * d_kv_,
+                   Tensor(floats.data() + i * d_kv_ * d_model_, DType::kFloat32, {d_kv_, d_model_}));
+    }
+    if (merged) {
+      store(product(groups[static_cast<std::size_t>(group)].combine, stack(members)), out);
+    } else {
+      pool_heads(Tensor(floats.data(), DType::kFloat32, {heads * d_kv_, d_model_}), out, heads, d_kv_,
+                 plan_.options.pooling);
+    }
   }
+}
+
+// The columns of the position bias follow their heads.
+void ConvertingReader::read_bias(const ShardedTensor& to, const Change& change) const {
+  const SiteConversion& site = *change.site;
+  check(to.slice.dim == 1, "the slice of '{}' that is to be filled is not of columns", to.name);
+  const index_t buckets = to.shape[0], queries = site.queries_per_head();
+  Matrix columns(buckets, to.slice.end - to.slice.begin);
+  Matrix column(buckets, 1);
+  for (index_t slot = to.slice.begin; slot < to.slice.end; ++slot) {
+    const index_t head = site.order[static_cast<std::size_t>(slot / queries)] * queries + slot % queries;
+    reader_.read(to.name, 1, head, head + 1, Tensor(column.values.data(), DType::kFloat64, {buckets, 1}));
+    for (index_t i = 0; i < buckets; ++i) columns(i, slot - to.slice.begin) = column(i, 0);
+  }
+  store(columns, to.local);
 }
 
 }  // namespace regroup
