@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include <nlohmann/json.hpp>
@@ -16,7 +17,8 @@ struct RunState {
   index_t samples = 0;  // consumed, the parent's too: the whole position in the data
   // Uptraining: where it began, and the held-out losses before its first step (NaN: pretraining).
   index_t first_step = 0;
-  double parent_loss = 0, converted_loss = 0;
+  double parent_loss = std::numeric_limits<double>::quiet_NaN();
+  double converted_loss = std::numeric_limits<double>::quiet_NaN();
   std::string parent;
   Divergence divergence;  // what judges the next step
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not

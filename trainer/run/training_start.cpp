@@ -1,0 +1,219 @@
+// Everything before a run's first step: where it starts, what it is, its memory, weights and data.
+#include <array>
+#include <cmath>
+
+#include "kernels/base/file.h"
+#include "kernels/matmul_peak.h"
+#include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/conversion/regroup.h"
+#include "trainer/optimizer/adafactor.h"
+#include "trainer/optimizer/adamw.h"
+#include "trainer/run/evaluation.h"
+#include "trainer/run/host_tensors.h"
+#include "trainer/run/model_options.h"
+#include "trainer/run/rank_device.h"
+#include "trainer/run/training_run.h"
+
+namespace regroup {
+
+TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, const Log& log)
+    : options_(options),
+      world_(world),
+      log_(log),
+      watchdog_(world, options.hang_timeout, log),
+      directory_(world, options.run, log) {
+  world_.run_together([&] { corpus_.emplace(options_.corpus); });
+  choose_start();
+  if (options_.verify_corpus) {
+    world_.run_together([&] { corpus_->verify(world_.rank(), world_.size(), &world_.heartbeat()); });
+  }
+  if (source_ && !source_->state) {
+    log_.info("{} does not say how long it was trained: parent-steps = {} is assumed", state_.parent,
+              options_.parent_steps);
+  }
+}
+
+void TrainingRun::choose_start() {
+  find_start();
+  world_.run_together([&] { decide(); });
+  if (source_ && !resuming()) verify_checkpoint(world_, *source_);
+}
+
+// The newest checkpoint whose every byte is intact, or the beginning. What is damaged is set aside on the
+// way.
+void TrainingRun::find_start() {
+  source_.reset();
+  state_ = RunState();
+  while ((resumed_step_ = directory_.newest())) {
+    const std::filesystem::path newest = directory_.checkpoints().path_of(*resumed_step_);
+    const std::optional<std::string> damage = find_damage(world_, newest);
+    if (!damage) {
+      source_ = find_checkpoint(world_, newest);
+      state_ = source_->state.value();
+      return;
+    }
+    directory_.set_aside(*resumed_step_, *damage);
+  }
+  if (!uptraining()) return;
+  source_ = find_checkpoint(world_, options_.init_from);
+  state_.first_step = source_->state ? source_->state->step : options_.parent_steps;
+  state_.step = state_.first_step;
+  state_.samples = source_->state ? source_->state->samples : 0;
+  state_.parent = source_->directory.string();
+}
+
+// What the run is, from options and where it starts; refuses what cannot work. The same on every rank.
+void TrainingRun::decide() {
+  if (source_ && source_->state) inherit(options_, source_->state->identity);
+  if (uptraining()) {
+    config_ = uptrained_config(options_, source_->config);
+    pooling_from_string(options_.pooling);
+    if (!resuming()) validate_conversion(source_->config, config_);
+    const double steps = options_.alpha * static_cast<double>(state_.first_step);
+    total_steps_ = state_.first_step + std::max<index_t>(1, std::llround(steps));
+  } else {
+    config_ = pretrained_config(options_, corpus_->vocab_size());
+    total_steps_ = options_.steps;
+  }
+  schedule_ = schedule_of(options_, total_steps_);
+  const nlohmann::json identity =
+      run_identity(options_, config_, *corpus_,
+                   {.schedule = schedule_, .total_steps = total_steps_, .first_step = state_.first_step});
+  if (resuming()) require_same_identity(state_.identity, identity, options_.run.string());
+  state_.identity = identity;
+  if (source_) require_same_vocabulary(*source_, *corpus_);
+  training_.emplace(*corpus_, Split::kTrain, training_samples(options_));
+  heldout_.emplace(*corpus_, Split::kHeldout, heldout_samples(options_));
+  layout_ = complete_layout(options_.layout, world_.size());
+  validate_tensor_parallel(config_, layout_.tensor_parallel);
+  if (source_) validate_tensor_parallel(source_->config, layout_.tensor_parallel);
+  micro_batch_ = micro_batch_of(options_, layout_.data_parallel);
+}
+
+// Before the run's own model takes its memory.
+void TrainingRun::evaluate_parent() {
+  ModelRunner parent(*backend_, *mesh_, source_->config,
+                     runner_options(options_, *training_, micro_batch_, /*train=*/false));
+  load_weights(world_, *source_, parent);
+  state_.parent_loss = held_out(parent).mean();
+}
+
+void TrainingRun::build() {
+  runner_ = std::make_unique<ModelRunner>(*backend_, *mesh_, config_,
+                                          runner_options(options_, *training_, micro_batch_, /*train=*/true));
+  const index_t offset = state_.first_step;
+  if (options_.optimizer == "adamw") {
+    optimizer_ = std::make_unique<AdamW>(*backend_, runner_->parameters(), *mesh_,
+                                         AdamW::Options{.step_offset = offset,
+                                                        .weight_decay = options_.weight_decay,
+                                                        .scale_by_rms = options_.scale_by_rms,
+                                                        .max_gradient_norm = options_.max_gradient_norm});
+  } else {
+    optimizer_ = std::make_unique<Adafactor>(
+        *backend_, runner_->parameters(), *mesh_,
+        Adafactor::Options{.step_offset = offset, .max_gradient_norm = options_.max_gradient_norm});
+  }
+  saver_ = std::make_unique<RunSaver>(
+      world_, layout_, *backend_, directory_.checkpoints(),
+      std::vector<TensorSet>{{.stem = "model", .tensors = sharded_parameters(runner_->parameters())},
+                             {.stem = "optimizer", .tensors = optimizer_->state()}},
+      options_, [this](const SavedStep& step) { saved(step); });
+  log_.info(
+      "{} parameters; {} ranks = {} data-parallel x {} tensor-parallel, micro-batches of {}; {:.2f} GB a "
+      "rank for activations, {:.2f} GB for optimizer state, {:.2f} GB of host memory for saving",
+      format_count(parameter_count(config_)), world_.size(), layout_.data_parallel, layout_.tensor_parallel,
+      micro_batch_, static_cast<double>(runner_->arena_bytes()) * 1e-9,
+      static_cast<double>(optimizer_->state_bytes()) * 1e-9, saver_->staging_gigabytes());
+}
+
+void TrainingRun::load() {
+  world_.run_together([&] {
+    const auto read_all = [this](const std::string& stem, const std::vector<ShardedTensor>& tensors) {
+      const CheckpointReader reader(source_->directory, stem);
+      reader.require(tensors);
+      fill_from_host(*backend_, tensors, [&](const ShardedTensor& tensor) {
+        world_.heartbeat().beat("loading a checkpoint");
+        reader.read(tensor);
+      });
+    };
+    read_all("model", sharded_parameters(runner_->parameters()));
+    read_all("optimizer", optimizer_->state());
+  });
+  runner_->parameters().refresh_weights();
+  log_.info("resuming {} at step {}", options_.run.string(), state_.step);
+}
+
+void TrainingRun::convert_parent() {
+  load_weights(world_, *source_, *runner_,
+               {.pooling = pooling_from_string(options_.pooling), .seed = options_.seed});
+  state_.converted_loss = held_out(*runner_).mean();
+  if (reporter_) {
+    reporter_->evaluation({.step = state_.step, .name = "parent", .loss = state_.parent_loss});
+    reporter_->evaluation({.step = state_.step, .name = "converted", .loss = state_.converted_loss});
+  }
+  log_.info("held-out loss: parent ({} groups) {:.4f}, converted by {} to {} groups {:.4f} ({:+.4f})",
+            source_->config.kv_groups, state_.parent_loss, options_.pooling, config_.kv_groups,
+            state_.converted_loss, state_.converted_loss - state_.parent_loss);
+}
+
+// Everything up to the first step: memory, weights, data, yardstick.
+void TrainingRun::start() {
+  RankDevice device = open_device(options_, world_, log_);
+  backend_ = std::move(device.backend);
+  if (resuming()) take_up_tuning();
+  std::vector<index_t> groups = {config_.kv_groups, config_.encoder_kv_groups};
+  if (source_) groups.insert(groups.end(), {source_->config.kv_groups, source_->config.encoder_kv_groups});
+  mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
+  if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
+  // Before the model takes its memory.
+  std::array<double, 1> peak = {measure_matmul_peak(*backend_, compute_dtype(options_))};
+  world_.all_reduce(peak, ReduceOp::kSum);
+  peak_flops_ = peak[0];
+  log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
+            options_.precision, peak_flops_ * 1e-9);
+  const bool converts = uptraining() && !resuming();
+  if (converts) evaluate_parent();
+  build();
+  world_.run_on(0, [&] {
+    reporter_ = std::make_unique<RunReporter>(options_.run, resumed_step_, options_.progress_every);
+    reporter_->event({.step = state_.step, .name = resuming() ? "resume" : "start", .detail = state_.parent});
+    write_text(options_.run / "resolved.cfg", resolved_config(options_));
+  });
+  if (resuming()) {
+    load();
+  } else if (converts) {
+    convert_parent();
+  } else {
+    runner_->parameters().initialise(options_.seed);
+    double unigram = 0;
+    world_.run_together([&] {
+      unigram = unigram_loss(*training_, *heldout_, options_.evaluation_samples * 8, config_.vocab_size);
+    });
+    if (reporter_) reporter_->evaluation({.step = 0, .name = "unigram", .loss = unigram});
+    log_.info("held-out loss of token frequencies alone: {:.4f}", unigram);
+  }
+  const auto micros = options_.batch_size / layout_.data_parallel / micro_batch_;
+  micro_batches_.resize(static_cast<std::size_t>(micros));
+  flops_per_step_ = runner_->flops() * static_cast<double>(micros * world_.size());
+  make_batches();
+}
+
+// From where the run stands in its data.
+void TrainingRun::make_batches() {
+  const index_t share = options_.batch_size / layout_.data_parallel;
+  const index_t micros = share / micro_batch_;
+  batches_.reset();  // its threads and memory first
+  batches_ = std::make_unique<BatchStream>(
+      *training_,
+      [this, micros, begin = state_.samples + share * mesh_->dp_rank(),
+       left = total_steps_ - state_.step](index_t batch) -> std::optional<BatchRequest> {
+        const index_t step = batch / micros;
+        if (step >= left) return std::nullopt;
+        return BatchRequest{
+            .first_sample = begin + step * options_.batch_size + batch % micros * micro_batch_,
+            .count = micro_batch_};
+      },
+      PrefetchOptions{.workers = options_.workers, .depth = 2 * static_cast<int>(micros) + 2});
+}
+
+}  // namespace regroup
