@@ -30,15 +30,15 @@ int evaluate_command(const Options& asked, const ProcessGroup& world, const Log&
   });
   verify_checkpoint(world, source);
   const RankDevice device = open_device(options, world, log);
-  const Mesh mesh(world, layout, {config.kv_groups, config.encoder_kv_groups}, device.communicators);
+  const Mesh mesh(world, layout, config.all_kv_groups(), device.communicators);
   const index_t micro_batch = evaluation_micro_batch(options);
   ModelRunner runner(*device.backend, mesh, config,
                      runner_options(options, *samples, micro_batch, /*train=*/false));
   load_weights(world, source, runner);
   const LossSums sums = evaluate(runner, mesh, *samples, options.evaluation_samples, micro_batch);
-  log.info("{}: {} of {} key/value groups, {} data-parallel x {} tensor-parallel ranks",
-           source.directory.string(), config.kv_groups, config.num_heads, layout.data_parallel,
-           layout.tensor_parallel);
+  log.info("{}: {} of {} key/value groups{}, {} data-parallel x {} tensor-parallel ranks",
+           source.directory.string(), config.kv_groups, config.num_heads,
+           config.uneven() ? " on average" : "", layout.data_parallel, layout.tensor_parallel);
   if (world.rank() == 0) {
     fmt::print("held-out loss {:.6f}  perplexity {:.3f}  targets {}\n", sums.mean(), std::exp(sums.mean()),
                format_count(static_cast<std::int64_t>(sums.targets)));

@@ -18,6 +18,12 @@ struct Row {
   double before = NAN, after = NAN, parent = NAN, tokens_per_second = NAN;
 };
 
+std::string kind_of(const ModelConfig& config) {
+  if (config.uneven()) return fmt::format("GQA-{} uneven", config.kv_groups);
+  if (config.kv_groups == config.num_heads) return "MHA";
+  return config.kv_groups == 1 ? "MQA" : fmt::format("GQA-{}", config.kv_groups);
+}
+
 Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
   const CheckpointSource source = find_checkpoint(world, run);
   world.run_together([&] {
@@ -29,10 +35,7 @@ Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
           .steps = state.step - state.first_step,
           .before = state.converted_loss,
           .parent = state.parent_loss};
-  const bool multi_query = row.config.kv_groups == 1;
-  row.kind = row.config.kv_groups == row.config.num_heads ? "MHA"
-             : multi_query                                ? "MQA"
-                                                          : fmt::format("GQA-{}", row.config.kv_groups);
+  row.kind = kind_of(row.config);
   MetricsHistory history;
   world.run_together([&] { history = read_metrics(run / "metrics.jsonl"); });
   for (const EvaluationMetrics& evaluation : history.evaluations) {
@@ -53,7 +56,9 @@ std::string loss(double value) { return std::isfinite(value) ? fmt::format("{:.4
 // Bytes that decoding keeps for one token of one sequence, bf16: keys and values of every decoder
 // self-attention.
 index_t cache_bytes(const ModelConfig& config) {
-  return config.num_decoder_layers * 2 * config.kv_groups * config.d_kv * 2;
+  index_t groups = 0;
+  for (index_t layer = 0; layer < config.num_decoder_layers; ++layer) groups += config.self_groups(layer);
+  return groups * 2 * config.d_kv * 2;
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 #include "trainer/model/config.h"
 
+#include <algorithm>
 #include <map>
+#include <set>
 
 #include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
@@ -38,11 +40,37 @@ std::vector<index_t> divisors(index_t number) {
   return result;
 }
 
-void validate_groups(const char* option, index_t groups, index_t num_heads) {
+void validate_groups(const std::string& option, index_t groups, index_t num_heads) {
   if (groups < 1 || groups > num_heads || num_heads % groups != 0) {
     throw UserError("{} = {} does not divide the {} attention heads; use one of {}", option, groups,
                     num_heads, fmt::join(divisors(num_heads), ", "));
   }
+}
+
+void validate_sites(const ModelConfig& config) {
+  if (config.site_kv_groups.empty()) return;
+  const auto count = static_cast<index_t>(config.site_kv_groups.size());
+  if (count != 2 * config.num_decoder_layers) {
+    throw UserError(
+        "there are kv-groups of {} decoder attentions; {} layers have {}, a self- and a cross-attention each",
+        count, config.num_decoder_layers, 2 * config.num_decoder_layers);
+  }
+  for (const AttentionSite& site : attention_sites(config)) {
+    validate_groups("kv-groups of " + describe(site), site.kv_groups, config.num_heads);
+  }
+}
+
+// A value as an error shows it: one short line, whatever it is.
+std::string shown(const json& value) {
+  if (value.is_structured()) return value.is_array() ? "a list" : "an object";
+  constexpr std::size_t kMost = 60;
+  const std::string text = value.dump();
+  return text.size() <= kMost ? text : text.substr(0, kMost) + "...";
+}
+
+// A number of heads, layers, groups, ...
+bool is_count(const json& value) {
+  return value.is_number_integer() && value.get<index_t>() >= 1 && value.get<index_t>() <= index_t{1} << 40;
 }
 
 // One typed field of a config.json, with errors that name it.
@@ -52,22 +80,43 @@ class Fields {
 
   index_t count(const char* name) const {
     const json& value = at(name);
-    if (!value.is_number_integer() || value.get<index_t>() < 1 || value.get<index_t>() > (index_t{1} << 40)) {
-      throw UserError("{}: \"{}\" is {}; a positive whole number is needed", where_, name, value.dump());
+    if (!is_count(value)) {
+      throw UserError("{}: \"{}\" is {}; a positive whole number is needed", where_, name, shown(value));
     }
     return value.get<index_t>();
+  }
+  // `length` positive whole numbers under `name` of the object `parent`.
+  std::vector<index_t> counts(const char* parent, const char* name, index_t length) const {
+    const json& object = at(parent);
+    if (!object.is_object() || !object.contains(name) || !object[name].is_array()) {
+      throw UserError("{}: \"{}\" has no list \"{}\"", where_, parent, name);
+    }
+    const json& list = object[name];
+    if (static_cast<index_t>(list.size()) != length) {
+      throw UserError("{}: \"{}\" of \"{}\" has {} numbers; {} are needed, one for each decoder layer",
+                      where_, name, parent, list.size(), length);
+    }
+    std::vector<index_t> result;
+    for (const json& value : list) {
+      if (!is_count(value)) {
+        throw UserError("{}: \"{}\" of \"{}\" holds {} for layer {}; a positive whole number is needed",
+                        where_, name, parent, shown(value), result.size());
+      }
+      result.push_back(value.get<index_t>());
+    }
+    return result;
   }
   index_t count(const char* name, index_t otherwise) const { return has(name) ? count(name) : otherwise; }
   double number(const char* name, double otherwise) const {
     if (!has(name)) return otherwise;
     if (!at(name).is_number())
-      throw UserError("{}: \"{}\" is {}; a number is needed", where_, name, at(name).dump());
+      throw UserError("{}: \"{}\" is {}; a number is needed", where_, name, shown(at(name)));
     return at(name).get<double>();
   }
   // Refuses a file whose field is present and differs from the only value this model has.
   void require(const char* name, const json& value, const char* reason) const {
     if (has(name) && at(name) != value) {
-      throw UserError("{}: \"{}\" is {}, only {} can be read: {}", where_, name, at(name).dump(),
+      throw UserError("{}: \"{}\" is {}, only {} can be read: {}", where_, name, shown(at(name)),
                       value.dump(), reason);
     }
   }
@@ -82,7 +131,39 @@ class Fields {
   const std::string& where_;
 };
 
+std::vector<index_t> site_groups_from(const Fields& fields, index_t layers) {
+  constexpr const char* kName = "decoder_num_key_value_heads";
+  if (!fields.has(kName)) return {};
+  const std::vector<index_t> self = fields.counts(kName, "self", layers);
+  const std::vector<index_t> cross = fields.counts(kName, "cross", layers);
+  std::vector<index_t> result;
+  for (std::size_t layer = 0; layer < self.size(); ++layer) {
+    result.insert(result.end(), {self[layer], cross[layer]});
+  }
+  return result;
+}
+
 }  // namespace
+
+index_t ModelConfig::self_groups(index_t layer) const {
+  return site_kv_groups.empty() ? kv_groups : site_kv_groups.at(static_cast<std::size_t>(2 * layer));
+}
+
+index_t ModelConfig::cross_groups(index_t layer) const {
+  return site_kv_groups.empty() ? kv_groups : site_kv_groups.at(static_cast<std::size_t>(2 * layer + 1));
+}
+
+bool ModelConfig::uneven() const {
+  return std::any_of(site_kv_groups.begin(), site_kv_groups.end(),
+                     [this](index_t groups) { return groups != kv_groups; });
+}
+
+std::vector<index_t> ModelConfig::all_kv_groups() const {
+  std::set<index_t> all(site_kv_groups.begin(), site_kv_groups.end());
+  if (all.empty()) all.insert(kv_groups);
+  all.insert(encoder_kv_groups);
+  return {all.begin(), all.end()};
+}
 
 ModelConfig t5_1_1(const std::string& size) {
   const auto all = sizes();
@@ -125,10 +206,11 @@ void validate(const ModelConfig& config) {
   }
   validate_groups("kv-groups", config.kv_groups, config.num_heads);
   validate_groups("encoder-kv-groups", config.encoder_kv_groups, config.num_heads);
+  validate_sites(config);
 }
 
 std::string to_json(const ModelConfig& config) {
-  const nlohmann::ordered_json fields = {
+  nlohmann::ordered_json fields = {
       {"architectures", {"T5ForConditionalGeneration"}},
       {"model_type", "t5"},
       {"vocab_size", config.vocab_size},
@@ -155,6 +237,13 @@ std::string to_json(const ModelConfig& config) {
       {"decoder_start_token_id", 0},
       {"initializer_factor", 1.0},
       {"use_cache", true}};
+  if (config.uneven()) {
+    auto& sites = fields["decoder_num_key_value_heads"];
+    for (index_t layer = 0; layer < config.num_decoder_layers; ++layer) {
+      sites["self"].push_back(config.self_groups(layer));
+      sites["cross"].push_back(config.cross_groups(layer));
+    }
+  }
   return fields.dump(2) + "\n";
 }
 
@@ -180,6 +269,7 @@ ModelConfig model_config_from_json(const std::string& text, const std::string& w
   config.num_decoder_layers = fields.count("num_decoder_layers", config.num_layers);
   config.kv_groups = fields.count("num_key_value_heads", config.num_heads);
   config.encoder_kv_groups = fields.count("encoder_num_key_value_heads", config.num_heads);
+  config.site_kv_groups = site_groups_from(fields, config.num_decoder_layers);
   config.relative_attention_num_buckets = fields.count("relative_attention_num_buckets", 32);
   config.relative_attention_max_distance = fields.count("relative_attention_max_distance", 128);
   config.layer_norm_epsilon = fields.number("layer_norm_epsilon", 1e-6);
@@ -189,6 +279,7 @@ ModelConfig model_config_from_json(const std::string& text, const std::string& w
   } catch (const UserError& error) {
     throw UserError("{}: {}", where, error.what());
   }
+  if (!config.uneven()) config.site_kv_groups.clear();
   return config;
 }
 

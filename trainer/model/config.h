@@ -18,11 +18,23 @@ struct ModelConfig {
   index_t num_layers = 8;  // encoder
   index_t num_decoder_layers = 8;
   index_t kv_groups = 6;  // of decoder self- and cross-attention; num_heads: multi-head, 1: multi-query
+  // Empty: every decoder attention has kv_groups. Otherwise one number for each, in the order self, cross of
+  // layer 0, self, cross of layer 1, ...; kv_groups is then the budget they were chosen for, their average.
+  std::vector<index_t> site_kv_groups = {};
   index_t encoder_kv_groups = 6;  // of encoder self-attention
   index_t relative_attention_num_buckets = 32;
   index_t relative_attention_max_distance = 128;
   double layer_norm_epsilon = 1e-6;
   double dropout_rate = 0;
+
+  // The groups of a decoder layer's self- and of its cross-attention.
+  index_t self_groups(index_t layer) const;
+  index_t cross_groups(index_t layer) const;
+  // Whether some decoder attention has another number of groups than kv_groups.
+  bool uneven() const;
+  // Every number of groups that some attention has, the encoder's included: distinct, ascending. What a Mesh
+  // is made for.
+  std::vector<index_t> all_kv_groups() const;
 
   bool operator==(const ModelConfig&) const = default;
 };
@@ -32,11 +44,12 @@ struct ModelConfig {
 ModelConfig t5_1_1(const std::string& size);
 std::vector<std::string> model_sizes();
 
-// Whether G = kv_groups | H and every count is positive; UserError naming the option and the values that
-// would do.
+// Whether every count is positive, G | H for kv_groups and every attention, and site_kv_groups empty or of
+// the right length; UserError naming the option, or layer and attention, and the values that would do.
 void validate(const ModelConfig& config);
 
-// config.json as transformers' T5Config reads it, plus num_key_value_heads, encoder_num_key_value_heads.
+// config.json as transformers' T5Config reads it, plus num_key_value_heads, encoder_num_key_value_heads and,
+// of an uneven model only, decoder_num_key_value_heads: {"self": [of each layer], "cross": [of each layer]}.
 std::string to_json(const ModelConfig& config);
 // From such a file's text; `where` names it in errors. UserError where a field is missing, of the wrong type,
 // or asks for another architecture (tied embeddings, relu, another norm) than T5 1.1.

@@ -16,11 +16,12 @@ index_t first_site(index_t layer) { return kDecoderSites + 16 + 8 * layer; }
 
 DecoderLayer::DecoderLayer(const ParameterStore& store, index_t layer, int tp_rank, int tp_size)
     : self_(store, fmt::format("decoder.block.{}.layer.0.", layer),
-            AttentionShape::of(store.config(), store.config().kv_groups, first_site(layer), tp_rank, tp_size),
+            AttentionShape::of(store.config(), store.config().self_groups(layer), first_site(layer), tp_rank,
+                               tp_size),
             /*causal=*/true),
       cross_(store, fmt::format("decoder.block.{}.layer.1.", layer),
-             AttentionShape::of(store.config(), store.config().kv_groups, first_site(layer) + 2, tp_rank,
-                                tp_size)),
+             AttentionShape::of(store.config(), store.config().cross_groups(layer), first_site(layer) + 2,
+                                tp_rank, tp_size)),
       feed_forward_(store, fmt::format("decoder.block.{}.layer.2.", layer), first_site(layer) + 4, tp_rank) {}
 
 void DecoderLayer::forward(Step& step, Tensor x, Tensor y, Saved& saved, const Context& context) const {

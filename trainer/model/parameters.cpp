@@ -1,5 +1,6 @@
 #include "trainer/model/parameters.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <numeric>
@@ -26,10 +27,10 @@ class TableBuilder {
     norm("encoder.final_layer_norm.weight");
     for (index_t layer = 0; layer < c_.num_decoder_layers; ++layer) {
       const std::string block = fmt::format("decoder.block.{}.layer.", layer);
-      attention(block + "0.SelfAttention.", c_.kv_groups);
+      attention(block + "0.SelfAttention.", c_.self_groups(layer));
       if (layer == 0) relative_bias(block + "0.SelfAttention.");
       norm(block + "0.layer_norm.weight");
-      attention(block + "1.EncDecAttention.", c_.kv_groups);
+      attention(block + "1.EncDecAttention.", c_.cross_groups(layer));
       norm(block + "1.layer_norm.weight");
       feed_forward(block + "2.DenseReluDense.");
       norm(block + "2.layer_norm.weight");
@@ -86,9 +87,22 @@ class TableBuilder {
 
 bool fits(index_t groups, index_t tp) { return groups % tp == 0 || tp % groups == 0; }
 
+// The first attention with so many groups; there must be one.
+AttentionSite first_of(const ModelConfig& config, index_t groups) {
+  const std::vector<AttentionSite> sites = attention_sites(config);
+  const auto has = [groups](const AttentionSite& site) { return site.kv_groups == groups; };
+  return *std::find_if(sites.begin(), sites.end(), has);
+}
+
 }  // namespace
 
 std::vector<ParameterSpec> parameter_table(const ModelConfig& config) { return TableBuilder(config).build(); }
+
+std::string describe(const AttentionSite& site) {
+  return fmt::format("{} layer {} {}-attention",
+                     site.kind == AttentionKind::kEncoderSelf ? "encoder" : "decoder", site.layer,
+                     site.kind == AttentionKind::kCross ? "cross" : "self");
+}
 
 std::vector<AttentionSite> attention_sites(const ModelConfig& config) {
   std::vector<AttentionSite> sites;
@@ -102,11 +116,11 @@ std::vector<AttentionSite> attention_sites(const ModelConfig& config) {
     sites.push_back({.kind = AttentionKind::kDecoderSelf,
                      .layer = layer,
                      .prefix = fmt::format("decoder.block.{}.layer.0.SelfAttention.", layer),
-                     .kv_groups = config.kv_groups});
+                     .kv_groups = config.self_groups(layer)});
     sites.push_back({.kind = AttentionKind::kCross,
                      .layer = layer,
                      .prefix = fmt::format("decoder.block.{}.layer.1.EncDecAttention.", layer),
-                     .kv_groups = config.kv_groups});
+                     .kv_groups = config.cross_groups(layer)});
   }
   return sites;
 }
@@ -118,10 +132,10 @@ void validate_tensor_parallel(const ModelConfig& config, int tensor_parallel) {
     for (const auto& [name, extent] : divided) {
       if (extent % tp != 0) return fmt::format("it does not divide the {} of {}", name, extent);
     }
-    for (const index_t groups : {config.kv_groups, config.encoder_kv_groups}) {
-      if (!fits(groups, tp)) {
-        return fmt::format("{} key/value groups can be split over it only if one divides the other", groups);
-      }
+    for (const index_t groups : config.all_kv_groups()) {
+      if (fits(groups, tp)) continue;
+      return fmt::format("{} key/value groups{} can be split over it only if one divides the other", groups,
+                         config.uneven() ? fmt::format(" ({})", describe(first_of(config, groups))) : "");
     }
     return "";
   };

@@ -37,12 +37,15 @@ struct AttentionSite {
   index_t kv_groups = 0;
 };
 
+// "decoder layer 3 cross-attention", for messages.
+std::string describe(const AttentionSite& site);
+
 // All attentions in the order of the parameter table: the encoder's, then self- and cross-attention of each
 // decoder layer.
 std::vector<AttentionSite> attention_sites(const ModelConfig& config);
 
-// Refuses a tensor_parallel that does not divide num_heads, d_ff and vocab_size, or for which neither
-// kv_groups divides it nor it divides kv_groups. UserError naming the values that would do.
+// Refuses a tensor_parallel that does not divide num_heads, d_ff and vocab_size, or that some attention's
+// number of groups neither divides nor is divided by. UserError naming the values that would do.
 void validate_tensor_parallel(const ModelConfig& config, int tensor_parallel);
 
 }  // namespace regroup

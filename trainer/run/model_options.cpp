@@ -73,6 +73,8 @@ ModelConfig uptrained_config(const Options& options, const ModelConfig& parent) 
   }
   ModelConfig config = parent;
   config.kv_groups = options.kv_groups.value_or(parent.kv_groups);
+  // An uneven parent stays as it is, above all when its own run is resumed; another number is one for all.
+  if (config.kv_groups != parent.kv_groups) config.site_kv_groups.clear();
   config.encoder_kv_groups = options.encoder_kv_groups.value_or(parent.encoder_kv_groups);
   config.dropout_rate = options.dropout;
   validate(config);

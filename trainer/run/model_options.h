@@ -19,8 +19,9 @@ void inherit(Options& options, const nlohmann::json& identity);
 
 // The named size with everything that was set instead of it. UserError as validate().
 ModelConfig pretrained_config(const Options& options, index_t vocab_size);
-// The parent with the asked-for numbers of groups and dropout. UserError where --kv-groups is missing or does
-// not divide.
+// The parent with the asked-for numbers of groups and dropout. An uneven parent keeps its numbers unless
+// --kv-groups is another than the parent's, which then is every decoder attention's. UserError where
+// --kv-groups is missing or does not divide.
 ModelConfig uptrained_config(const Options& options, const ModelConfig& parent);
 
 Schedule schedule_of(const Options& options, index_t total_steps);

@@ -26,7 +26,7 @@ ModelRunner::Plan ModelRunner::plan(const Backend& device, const Mesh& mesh, con
   const ParameterStore store(backend, config, store_options(mesh, options));
   T5 model(store, mesh.tp_rank(), mesh.tp_size());
   const int rank = mesh.dp_rank() * mesh.tp_size() + mesh.tp_rank();
-  const Mesh quiet = Mesh::plan(mesh.layout(), rank, {config.kv_groups, config.encoder_kv_groups});
+  const Mesh quiet = Mesh::plan(mesh.layout(), rank, config.all_kv_groups());
   const Buffer tokens = backend.allocate(token_bytes(options));
   const Buffer losses = backend.allocate(2 * size_of(DType::kFloat64));
   Arena saved(backend.allocate(kEndless)), scratch(backend.allocate(kEndless));

@@ -161,8 +161,11 @@ void TrainingRun::start() {
   RankDevice device = open_device(options_, world_, log_);
   backend_ = std::move(device.backend);
   if (resuming()) take_up_tuning();
-  std::vector<index_t> groups = {config_.kv_groups, config_.encoder_kv_groups};
-  if (source_) groups.insert(groups.end(), {source_->config.kv_groups, source_->config.encoder_kv_groups});
+  std::vector<index_t> groups = config_.all_kv_groups();
+  if (source_) {
+    const std::vector<index_t> of_parent = source_->config.all_kv_groups();
+    groups.insert(groups.end(), of_parent.begin(), of_parent.end());
+  }
   mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
   if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
   // Before the model takes its memory.

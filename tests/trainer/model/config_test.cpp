@@ -3,6 +3,7 @@
 #include <functional>
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include "trainer/model/parameters.h"
 
@@ -16,6 +17,15 @@ std::string refusal(const std::function<void()>& call) {
     return error.what();
   }
   return "nothing was refused";
+}
+
+// base with 2 decoder layers whose attentions differ.
+ModelConfig uneven_model() {
+  ModelConfig config = t5_1_1("base");
+  config.num_decoder_layers = 2;
+  config.kv_groups = 4;
+  config.site_kv_groups = {12, 3, 1, 4};
+  return config;
 }
 
 // references: the counts of the public T5 1.1 checkpoints, and of their grouped versions.
@@ -41,6 +51,96 @@ TEST(Config, JsonRoundTrip) {
   config.kv_groups = 3;
   config.dropout_rate = 0.1;
   EXPECT_EQ(model_config_from_json(to_json(config), "here"), config);
+}
+
+TEST(Config, UnevenGroupsOfEachDecoderAttention) {
+  const ModelConfig config = uneven_model();
+  EXPECT_TRUE(config.uneven());
+  EXPECT_EQ(config.self_groups(0), 12);
+  EXPECT_EQ(config.cross_groups(0), 3);
+  EXPECT_EQ(config.self_groups(1), 1);
+  EXPECT_EQ(config.cross_groups(1), 4);
+  EXPECT_EQ(config.all_kv_groups(), (std::vector<index_t>{1, 3, 4, 12}));
+  ModelConfig even = t5_1_1("base");
+  even.kv_groups = 4;
+  EXPECT_FALSE(even.uneven());
+  EXPECT_EQ(even.self_groups(11), 4);
+  EXPECT_EQ(even.cross_groups(0), 4);
+  EXPECT_EQ(even.all_kv_groups(), (std::vector<index_t>{4, 12}));
+}
+
+// k and v of one attention of base: 2 x d_kv x d_model numbers a group.
+TEST(Config, UnevenModelsAreAsLargeAsTheirSumOfGroups) {
+  ModelConfig even = uneven_model();
+  even.site_kv_groups = {};
+  EXPECT_EQ(parameter_count(uneven_model()) - parameter_count(even), (20 - 16) * 2 * 64 * 768);
+}
+
+TEST(Config, JsonRoundTripOfAnUnevenModel) {
+  const std::string text = to_json(uneven_model());
+  EXPECT_EQ(model_config_from_json(text, "here"), uneven_model());
+  const auto json = nlohmann::json::parse(text);
+  EXPECT_EQ(json["num_key_value_heads"], 4);
+  EXPECT_EQ(json["decoder_num_key_value_heads"]["self"], (std::vector<int>{12, 1}));
+  EXPECT_EQ(json["decoder_num_key_value_heads"]["cross"], (std::vector<int>{3, 4}));
+}
+
+TEST(Config, EvenModelsSayNothingOfTheirAttentions) {
+  ModelConfig config = uneven_model();
+  config.site_kv_groups = {4, 4, 4, 4};
+  EXPECT_FALSE(config.uneven());
+  EXPECT_EQ(to_json(config).find("decoder_num_key_value_heads"), std::string::npos);
+  auto json = nlohmann::json::parse(to_json(config));
+  json["decoder_num_key_value_heads"] = {{"self", {4, 4}}, {"cross", {4, 4}}};
+  config.site_kv_groups = {};
+  EXPECT_EQ(model_config_from_json(json.dump(), "here"), config);
+}
+
+TEST(Config, DamagedNumbersOfUnevenModelsAreRefused) {
+  using nlohmann::json;
+  json object = json::parse(to_json(uneven_model()));
+  const auto refused = [&object](const json& value) {
+    object["decoder_num_key_value_heads"] = value;
+    return refusal([&] { model_config_from_json(object.dump(), "model/config.json"); });
+  };
+  const json good = {1, 2};
+  const std::vector<std::pair<json, std::string>> cases = {
+      {4, "\"decoder_num_key_value_heads\" has no list \"self\""},
+      {{1, 2, 3, 4}, "has no list \"self\""},
+      {{{"self", good}}, "has no list \"cross\""},
+      {{{"self", good}, {"cross", 4}}, "has no list \"cross\""},
+      {{{"self", {1}}, {"cross", good}},
+       "\"self\" of \"decoder_num_key_value_heads\" has 1 numbers; 2 are needed"},
+      {{{"self", good}, {"cross", std::vector<int>(100000, 1)}}, "has 100000 numbers; 2 are needed"},
+      {{{"self", {1, -2}}, {"cross", good}}, "holds -2 for layer 1; a positive whole number"},
+      {{{"self", good}, {"cross", {0, 1}}}, "holds 0 for layer 0"},
+      {{{"self", good}, {"cross", {1.5, 1}}}, "holds 1.5 for layer 0"},
+      {{{"self", good}, {"cross", {1, std::uint64_t{1} << 63}}}, "holds 9223372036854775808 for layer 1"},
+      {{{"self", {1, nullptr}}, {"cross", good}}, "holds null for layer 1"},
+      {{{"self", {1, std::vector<int>(1000, 7)}}, {"cross", good}}, "holds a list for layer 1"},
+      {{{"self", {1, std::string(1000, 'x')}}, {"cross", good}}, "xxx... for layer 1"},
+      {{{"self", {12, 5}}, {"cross", good}},
+       "kv-groups of decoder layer 1 self-attention = 5 does not divide the 12 attention heads; use one of "
+       "1, 2"},
+      {{{"self", good}, {"cross", {24, 1}}}, "decoder layer 0 cross-attention = 24 does not divide"}};
+  for (const auto& [value, message] : cases) {
+    const std::string text = refused(value);
+    EXPECT_NE(text.find(message), std::string::npos) << text;
+    EXPECT_EQ(text.find("model/config.json: "), 0U) << text;
+    EXPECT_LT(text.size(), 250U) << text;
+  }
+}
+
+// An error shows a value in one short line, whatever a file holds.
+TEST(Config, DeepOrLongValuesAreRefusedShortly) {
+  std::string text = to_json(t5_1_1("small"));
+  const std::size_t at = text.find("1024");
+  const std::string deep = std::string(100000, '[') + std::string(100000, ']');
+  text.replace(at, 4, deep);
+  EXPECT_EQ(refusal([&] { model_config_from_json(text, "x"); }),
+            "x: \"d_ff\" is a list; a positive whole number is needed");
+  text.replace(at, deep.size(), "\"" + std::string(100000, 'y') + "\"");
+  EXPECT_LT(refusal([&] { model_config_from_json(text, "x"); }).size(), 200U);
 }
 
 TEST(Config, ReadsWhatTransformersWrites) {
@@ -90,6 +190,29 @@ TEST(Config, GroupsMustDivideHeads) {
   ModelConfig config = t5_1_1("base");
   config.kv_groups = 5;
   EXPECT_NE(refusal([&] { validate(config); }).find("1, 2, 3, 4, 6, 12"), std::string::npos);
+}
+
+TEST(Config, UnevenGroupsAreOnePerDecoderAttention) {
+  ModelConfig config = uneven_model();
+  EXPECT_NO_THROW(validate(config));
+  config.site_kv_groups.pop_back();
+  EXPECT_NE(refusal([&] { validate(config); }).find("2 layers have 4"), std::string::npos);
+  config.site_kv_groups = {12, 3, 1, 7};
+  EXPECT_NE(refusal([&] { validate(config); }).find("decoder layer 1 cross-attention = 7 does not divide"),
+            std::string::npos);
+}
+
+TEST(Config, TensorParallelMustSuitEveryAttention) {
+  ModelConfig config = uneven_model();
+  const std::string message = refusal([&] { validate_tensor_parallel(config, 2); });
+  EXPECT_NE(message.find("3 key/value groups (decoder layer 0 cross-attention)"), std::string::npos)
+      << message;
+  EXPECT_NE(message.find("use one of 1"), std::string::npos) << message;
+  config.site_kv_groups = {12, 2, 1, 4};
+  for (const int tp : {1, 2, 4}) EXPECT_NO_THROW(validate_tensor_parallel(config, tp));
+  // The budget itself is nobody's number.
+  config.kv_groups = 3;
+  EXPECT_NO_THROW(validate_tensor_parallel(config, 4));
 }
 
 TEST(Config, ImpossibleTensorParallelNamesLegalValues) {

@@ -1,6 +1,8 @@
 #include "trainer/model/parameters.h"
 
+#include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 
 #include <gtest/gtest.h>
@@ -36,15 +38,66 @@ TEST(ParameterTable, NamesAreUniqueAndThoseOfTransformers) {
   EXPECT_FALSE(names.contains("decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"));
 }
 
+// 8 heads, 2 decoder layers: G < tp at some attentions, G >= tp at others.
+ModelConfig uneven_model() {
+  ModelConfig config = small_model(4);
+  config.site_kv_groups = {8, 2, 1, 4};
+  return config;
+}
+
+TEST(ParameterTable, EachDecoderAttentionHasItsGroups) {
+  std::map<std::string, ParameterSpec> specs;
+  for (const ParameterSpec& spec : parameter_table(uneven_model())) specs[spec.name] = spec;
+  const std::vector<AttentionSite> sites = attention_sites(uneven_model());
+  ASSERT_EQ(sites.size(), 6U);
+  const std::vector<index_t> expected = {8, 8, 8, 2, 1, 4};
+  for (std::size_t i = 0; i < sites.size(); ++i) {
+    EXPECT_EQ(sites[i].kv_groups, expected[i]) << describe(sites[i]);
+    for (const char* name : {"k.weight", "v.weight"}) {
+      const ParameterSpec& spec = specs.at(sites[i].prefix + name);
+      EXPECT_EQ(spec.shape, (std::vector<index_t>{expected[i] * 4, 24})) << spec.name;
+      EXPECT_EQ(spec.partition.kv_groups, expected[i]) << spec.name;
+    }
+    for (const char* name : {"q.weight", "o.weight"}) {
+      const ParameterSpec& spec = specs.at(sites[i].prefix + name);
+      EXPECT_EQ(spec.shape[0] * spec.shape[1], 8 * 4 * 24) << spec.name;
+    }
+  }
+  EXPECT_EQ(describe(sites[1]), "encoder layer 1 self-attention");
+  EXPECT_EQ(describe(sites[5]), "decoder layer 1 cross-attention");
+}
+
+// At tp 4: 8 groups are 2 a rank, 4 are 1, 2 are held by pairs, 1 by all.
+TEST(ParameterTable, UnevenGroupsLieOverTheRanksAttentionByAttention) {
+  const auto table = parameter_table(uneven_model());
+  const auto slice_of = [&table](const std::string& name, int rank) {
+    const auto spec = std::find_if(table.begin(), table.end(), [&](const auto& s) { return s.name == name; });
+    return local_slice(spec->partition, spec->shape, rank, 4);
+  };
+  const std::string self = "layer.0.SelfAttention.k.weight", cross = "layer.1.EncDecAttention.v.weight";
+  for (int rank = 0; rank < 4; ++rank) {
+    const auto is = [&](const std::string& name, index_t begin, index_t end, int replicas) {
+      const Slice slice = slice_of(name, rank);
+      EXPECT_EQ(slice.begin, begin * 4) << name << " " << rank;
+      EXPECT_EQ(slice.end, end * 4) << name << " " << rank;
+      EXPECT_EQ(slice.replicas, replicas) << name << " " << rank;
+    };
+    is("decoder.block.0." + self, 2 * rank, 2 * rank + 2, 1);
+    is("decoder.block.0." + cross, rank / 2, rank / 2 + 1, 2);
+    is("decoder.block.1." + self, 0, 1, 4);
+    is("decoder.block.1." + cross, rank, rank + 1, 1);
+  }
+}
+
 // Law 1: initial weights are a function of seed, name and global element.
 TEST(ParameterStore, InitialValuesDoNotDependOnTheLayout) {
-  for (const index_t kv_groups : {1, 2, 8}) {
+  for (const ModelConfig& config : {small_model(1), small_model(2), small_model(8), uneven_model()}) {
     CpuBackend backend(1);
-    ParameterStore whole(backend, small_model(kv_groups), {});
+    ParameterStore whole(backend, config, {});
     whole.initialise(5);
     for (const int tp : {2, 4}) {
       for (int rank = 0; rank < tp; ++rank) {
-        ParameterStore part(backend, small_model(kv_groups), {.tp_rank = rank, .tp_size = tp});
+        ParameterStore part(backend, config, {.tp_rank = rank, .tp_size = tp});
         part.initialise(5);
         for (std::size_t i = 0; i < part.size(); ++i) {
           const Slice& slice = part.slice(i);
