@@ -167,7 +167,8 @@ def table(results, methods, groups):
 def document(results, methods, groups, seeds, missing):
     settings = results.settings
     yield (f"Held-out loss (nats per token, {settings['evaluation_samples']} samples), mean +- standard deviation "
-           f"over seeds {', '.join(map(str, seeds))}; parent: {settings['heads']} heads, {settings['parent_steps']:,} steps.")
+           f"over seeds {', '.join(map(str, seeds))}; parent: {settings['heads']} heads, "
+           f"{settings['parent_steps']:,} steps.")
     exact = {float(alpha): steps / settings["parent_steps"] for alpha, steps in settings["alphas"].items()}
     if any(abs(value - alpha) > 1e-9 for alpha, value in exact.items()):
         yield "Evaluated at alpha " + ", ".join(f"{value:.5f}" for value in exact.values()) + "."
