@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "parallel/tensor_parallel.h"
+#include "trainer/model/attention_probe.h"
+#include "trainer/model/parameters.h"
 
 namespace regroup {
 namespace {
@@ -20,6 +22,15 @@ AttentionOptions options_of(const Step& step, const AttentionShape& shape, bool 
           .first_sample = step.first_sample,
           .first_head = shape.first_head,
           .heads = shape.model_heads};
+}
+
+// The place of the attention whose parameters begin with `prefix` in attention_sites().
+index_t site_of(const ModelConfig& config, const std::string& prefix) {
+  const std::vector<AttentionSite> sites = attention_sites(config);
+  const auto found = std::find_if(sites.begin(), sites.end(),
+                                  [&prefix](const AttentionSite& site) { return site.prefix == prefix; });
+  check(found != sites.end(), "{} is not an attention of the model", prefix);
+  return found - sites.begin();
 }
 
 // y = x + dropout(sum over tp of out W_o^T).
@@ -69,6 +80,7 @@ AttentionShape AttentionShape::of(const ModelConfig& config, index_t kv_groups, 
 SelfAttention::SelfAttention(const ParameterStore& store, const std::string& prefix,
                              const AttentionShape& shape, bool causal)
     : shape_(shape),
+      site_(site_of(store.config(), prefix + "SelfAttention.")),
       causal_(causal),
       norm_(store, prefix + "layer_norm.weight"),
       qkv_(store.pack(prefix + "SelfAttention.q.weight", 3)),
@@ -82,6 +94,17 @@ void SelfAttention::forward(Step& step, Tensor x, Tensor y, index_t batch, Tenso
   saved.out = step.saved.allocate(x.dtype, {x[0], heads * d_kv});
   saved.log_sum_exp = step.saved.allocate(stat_dtype(x.dtype), {batch, heads, x[0] / batch});
   step.backend.matmul(saved.normalised, qkv_.weight, saved.qkv, {.transpose_b = true});
+  if (step.probe != nullptr) {
+    step.probe->observe(step, {.site = site_,
+                               .batch = batch,
+                               .query_input = saved.normalised,
+                               .key_input = saved.normalised,
+                               .q = heads_of(saved.qkv, batch, 0, heads, d_kv),
+                               .k = heads_of(saved.qkv, batch, heads, groups, d_kv),
+                               .bias = position.bias,
+                               .key_mask = key_mask,
+                               .options = options_of(step, shape_, causal_)});
+  }
   step.backend.attention(
       heads_of(saved.qkv, batch, 0, heads, d_kv), heads_of(saved.qkv, batch, heads, groups, d_kv),
       heads_of(saved.qkv, batch, heads + groups, groups, d_kv), position.bias, key_mask,
@@ -110,6 +133,7 @@ void SelfAttention::backward(Step& step, Tensor gradient, index_t batch, Tensor 
 CrossAttention::CrossAttention(const ParameterStore& store, const std::string& prefix,
                                const AttentionShape& shape)
     : shape_(shape),
+      site_(site_of(store.config(), prefix + "EncDecAttention.")),
       norm_(store, prefix + "layer_norm.weight"),
       q_(store.parameter(prefix + "EncDecAttention.q.weight")),
       kv_(store.pack(prefix + "EncDecAttention.k.weight", 2)),
@@ -125,6 +149,17 @@ void CrossAttention::forward(Step& step, Tensor x, Tensor memory, Tensor y, inde
   saved.log_sum_exp = step.saved.allocate(stat_dtype(x.dtype), {batch, heads, x[0] / batch});
   step.backend.matmul(saved.normalised, q_.weight, saved.q, {.transpose_b = true});
   step.backend.matmul(memory, kv_.weight, saved.kv, {.transpose_b = true});
+  if (step.probe != nullptr) {
+    step.probe->observe(step, {.site = site_,
+                               .batch = batch,
+                               .query_input = saved.normalised,
+                               .key_input = memory,
+                               .q = heads_of(saved.q, batch, 0, heads, d_kv),
+                               .k = heads_of(saved.kv, batch, 0, groups, d_kv),
+                               .bias = {},
+                               .key_mask = key_mask,
+                               .options = options_of(step, shape_, /*causal=*/false)});
+  }
   step.backend.attention(heads_of(saved.q, batch, 0, heads, d_kv), heads_of(saved.kv, batch, 0, groups, d_kv),
                          heads_of(saved.kv, batch, groups, groups, d_kv), {}, key_mask,
                          heads_of(saved.out, batch, 0, heads, d_kv), saved.log_sum_exp,

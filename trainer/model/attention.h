@@ -49,6 +49,7 @@ class SelfAttention {
 
  private:
   AttentionShape shape_;
+  index_t site_;  // in attention_sites()
   bool causal_;
   RmsNorm norm_;
   Parameter qkv_, o_;
@@ -78,6 +79,7 @@ class CrossAttention {
 
  private:
   AttentionShape shape_;
+  index_t site_;  // in attention_sites()
   RmsNorm norm_;
   Parameter q_, kv_, o_;
 };

@@ -7,6 +7,8 @@
 
 namespace regroup {
 
+class AttentionProbe;
+
 // Legend of this folder: N tokens = B x length, S source and T target length, D d_model, C d_kv, F d_ff of
 // this rank, H query heads and G key/value groups of this rank, V vocabulary of this rank.
 struct Step {
@@ -14,10 +16,11 @@ struct Step {
   Arena& saved;    // what backward needs; lives until the micro-batch's backward is done
   Arena& scratch;  // what the current sub-block needs
   const Mesh& mesh;
-  double dropout_rate = 0;   // 0 outside training
-  Philox dropout_key;        // of this optimizer step
-  index_t first_sample = 0;  // number of this micro-batch's first sample within the global batch
-  bool recompute = false;    // layers keep their input only and run forward again in backward
+  double dropout_rate = 0;          // 0 outside training
+  Philox dropout_key;               // of this optimizer step
+  index_t first_sample = 0;         // number of this micro-batch's first sample within the global batch
+  bool recompute = false;           // layers keep their input only and run forward again in backward
+  AttentionProbe* probe = nullptr;  // looks on at every attention's forward; not in training
 
   // Dropout of [N, width] activations at `site` (a number unique in the model), where this rank holds the
   // columns from first_column of `columns` and each sample has `length` rows.

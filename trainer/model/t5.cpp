@@ -40,6 +40,12 @@ void T5::evaluate(Step& step, const Input& input, double z_loss, Tensor loss) {
   head_.evaluate(step, hidden, input.targets.reshape({input.targets.numel()}), z_loss, loss);
 }
 
+void T5::observe(Step& step, const Input& input) {
+  const Arena::Frame saved_frame(step.saved);
+  const Arena::Frame scratch_frame(step.scratch);
+  forward(step, input, /*training=*/false);
+}
+
 void T5::logits(Step& step, const Input& input, Tensor logits) {
   const Arena::Frame saved_frame(step.saved);
   const Arena::Frame scratch_frame(step.scratch);

@@ -28,6 +28,8 @@ class T5 {
              const std::function<void()>& after_decoder = {});
   // Forward only; step.dropout_rate must be 0.
   void evaluate(Step& step, const Input& input, double z_loss, Tensor loss /* += */);
+  // Forward through encoder and decoder, for step.probe to look on; step.dropout_rate must be 0.
+  void observe(Step& step, const Input& input);
   // This rank's columns of all logits, S [B T, V].
   void logits(Step& step, const Input& input, Tensor logits);
 

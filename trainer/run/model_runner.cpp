@@ -111,7 +111,6 @@ T5::Input ModelRunner::load(const Batch& batch) {
   const auto length = static_cast<std::size_t>(batch.targets_length);
   for (std::size_t i = 0; i < batch.targets.size(); ++i) {
     host_tokens_.push_back(i % length != 0 ? batch.targets[i - 1] : 0);
-    if (batch.targets[i] != 0) targets_ += 1;
   }
   host_tokens_.insert(host_tokens_.end(), batch.targets.begin(), batch.targets.end());
   backend_.copy_from_host(host_tokens_.data(),
@@ -119,11 +118,17 @@ T5::Input ModelRunner::load(const Batch& batch) {
   return input;
 }
 
+void ModelRunner::count_targets(const Batch& batch) {
+  targets_ += static_cast<double>(
+      std::count_if(batch.targets.begin(), batch.targets.end(), [](std::int32_t id) { return id != 0; }));
+}
+
 void ModelRunner::train(const Batch& batch, const Position& position, double factor, bool last) {
   mesh_.heartbeat().beat("forward and backward");
   Step run = step(/*training=*/true);
   run.dropout_key = Philox(position.seed, RandomPurpose::kDropout, static_cast<std::uint64_t>(position.step));
   run.first_sample = position.first_sample;
+  count_targets(batch);
   const auto start_decoder = [this] {
     const Tensor all = store_.all_gradients();
     gradient_sync_->start(all.slice(0, store_.decoder_begin(), all[0]));
@@ -136,7 +141,15 @@ void ModelRunner::train(const Batch& batch, const Position& position, double fac
 void ModelRunner::evaluate(const Batch& batch) {
   mesh_.heartbeat().beat("evaluating");
   Step run = step(/*training=*/false);
+  count_targets(batch);
   model_.evaluate(run, load(batch), options_.z_loss, losses_.tensor(DType::kFloat64, {2}));
+}
+
+void ModelRunner::observe(const Batch& batch, AttentionProbe& probe) {
+  mesh_.heartbeat().beat("calibrating");
+  Step run = step(/*training=*/false);
+  run.probe = &probe;
+  model_.observe(run, load(batch));
 }
 
 void ModelRunner::logits(const Batch& batch, Tensor logits) {

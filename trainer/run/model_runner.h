@@ -6,6 +6,7 @@
 
 #include "data/batch_stream.h"
 #include "parallel/gradient_sync.h"
+#include "trainer/model/attention_probe.h"
 #include "trainer/model/t5.h"
 
 namespace regroup {
@@ -38,6 +39,7 @@ class ModelRunner {
   ParameterStore& parameters() { return store_; }
   const ParameterStore& parameters() const { return store_; }
   Backend& backend() { return backend_; }
+  const Options& options() const { return options_; }
 
   // Where a micro-batch stands in the run: its dropout and nothing else depends on it.
   struct Position {
@@ -50,7 +52,11 @@ class ModelRunner {
   // Collective where `last`.
   void train(const Batch& batch, const Position& position, double factor, bool last = false);
   void evaluate(const Batch& batch);
-  // The sums of everything run since the last call, over all data-parallel ranks. Collective over dp.
+  // Forward through encoder and decoder, where `probe` looks on at every attention. Of take_losses()'s sums
+  // it is no part.
+  void observe(const Batch& batch, AttentionProbe& probe);
+  // The sums of everything trained or evaluated since the last call, over all data-parallel ranks. Collective
+  // over dp.
   LossSums take_losses();
   // This rank's columns of the logits, S [B T, V].
   void logits(const Batch& batch, Tensor logits);
@@ -75,6 +81,7 @@ class ModelRunner {
   static T5::Input input_of(const Buffer& tokens, index_t batch, const Options& options);
   Step step(bool training);
   T5::Input load(const Batch& batch);
+  void count_targets(const Batch& batch);
 
   Backend& backend_;
   const Mesh& mesh_;
