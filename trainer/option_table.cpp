@@ -150,7 +150,14 @@ std::vector<po::options_description> describe_options(Options& o) {
                       "parent: a run, one of its step directories, or a transformers T5 1.1")(
       "alpha", bound(o.alpha), "train on for this share of the parent's steps")(
       "parent-steps", bound(o.parent_steps), "steps of a parent that does not say (public T5 1.1: 1000000)")(
-      "pooling", text(o.pooling), "of a group's heads: mean, first or random");
+      "pooling", text(o.pooling), "of a group's heads: mean, first, random, spectral or calibrated")(
+      "grouping", text(o.grouping), "heads of a group: position (neighbours) or similarity")(
+      "kv-budget", text(o.kv_budget),
+      "even: every decoder attention gets --kv-groups; uneven: so many on average, more where merging loses "
+      "more")("calibration-batches", bound(o.calibration_batches),
+              "batches of the corpus that show the attentions' inputs to --pooling calibrated")(
+      "calibration-memory", bound(o.calibration_memory),
+      "MiB of a rank for what they show, in several passes where needed; 0: one pass");
   group("Checkpoints and evaluation")("save-every", bound(o.save_every), "steps")(
       "background-save", flag(o.background_save), "write checkpoints while training goes on")(
       "save-memory", bound(o.save_memory),

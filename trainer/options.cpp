@@ -34,7 +34,9 @@ bool is_idle(const std::string& name, Mode mode) {
                                              "overwrite",
                                              "runs",
                                              "checkpoint"};
-  static const std::set<std::string> pretraining = {"init-from", "alpha", "parent-steps", "pooling"};
+  static const std::set<std::string> pretraining = {
+      "init-from", "alpha",     "parent-steps",        "pooling",
+      "grouping",  "kv-budget", "calibration-batches", "calibration-memory"};
   static const std::set<std::string> uptraining = {"model", "steps"};
   return text.contains(name) || (mode == Mode::kPretrain && pretraining.contains(name)) ||
          (mode == Mode::kUptrain && uptraining.contains(name));
@@ -148,6 +150,11 @@ void validate(const Options& o) {
   require_one_of("precision", o.precision, {"bf16", "fp32"});
   require_one_of("optimizer", o.optimizer, {"adafactor", "adamw"});
   require_one_of("document", o.document, {"file", "line"});
+  require_one_of("grouping", o.grouping, {"position", "similarity"});
+  require_one_of("kv-budget", o.kv_budget, {"even", "uneven"});
+  require_at_least("calibration-batches", o.calibration_batches, 1);
+  require_at_most("calibration-batches", o.calibration_batches, kMostSequences);
+  require_at_least("calibration-memory", o.calibration_memory, 0);
   require_at_least("threads", o.threads, 0);
   require_finite("hang-timeout", o.hang_timeout);
   require_finite("spike-threshold", o.spike_threshold);

@@ -80,6 +80,10 @@ struct Options {
   double alpha = 0.05;              // share of the parent's steps
   index_t parent_steps = 1000000;   // of a parent that does not say (public T5 1.1: 1,000,000)
   std::string pooling = "mean";
+  std::string grouping = "position";  // or similarity
+  std::string kv_budget = "even";     // or uneven
+  index_t calibration_batches = 8;    // of batch-size sequences
+  index_t calibration_memory = 0;     // MiB of a rank for moments; 0: those of all attentions at once
 
   // Checkpoints and evaluation.
   index_t save_every = 1000, keep_last = 2, keep_every = 0;

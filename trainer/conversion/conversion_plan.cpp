@@ -2,17 +2,17 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstring>
+#include <map>
 #include <numeric>
-#include <optional>
+#include <set>
 #include <string_view>
 #include <utility>
 
 #include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
-#include "trainer/conversion/head_factors.h"
+#include "trainer/conversion/group_budget.h"
+#include "trainer/conversion/group_planner.h"
 #include "trainer/conversion/head_grouping.h"
 
 namespace regroup {
@@ -56,154 +56,134 @@ void check_decoder_groups(const ModelConfig& parent, const ModelConfig& target) 
   }
 }
 
-bool merges(Pooling pooling) { return pooling == Pooling::kSpectral || pooling == Pooling::kCalibrated; }
+SiteConversion conversion_of(const AttentionSite& parent, const AttentionSite& target, index_t query_heads) {
+  SiteConversion site{.parent = parent, .target = target, .query_heads = query_heads};
+  site.order.resize(static_cast<std::size_t>(parent.kv_groups));
+  std::iota(site.order.begin(), site.order.end(), index_t{0});
+  return site;
+}
 
-// The attentions that change, as they are and as they will be.
-std::vector<SiteConversion> changing_sites(const ModelConfig& parent, const ModelConfig& target) {
+// The attentions that change, as they are and as they will be. `reorders`: and the self-attentions of a stack
+// of which one changes.
+std::vector<SiteConversion> changing_sites(const ModelConfig& parent, const ModelConfig& target,
+                                           bool reorders) {
   const std::vector<AttentionSite> from = attention_sites(parent), to = attention_sites(target);
   check(from.size() == to.size(), "a conversion between {} and {} attentions", from.size(), to.size());
+  std::set<AttentionKind> changing;
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    if (from[i].kv_groups != to[i].kv_groups) changing.insert(from[i].kind);
+  }
+  changing.erase(AttentionKind::kCross);
   std::vector<SiteConversion> sites;
   for (std::size_t i = 0; i < from.size(); ++i) {
-    if (from[i].kv_groups == to[i].kv_groups) continue;
-    SiteConversion site{.parent = from[i], .target = to[i], .query_heads = parent.num_heads};
-    site.order.resize(static_cast<std::size_t>(from[i].kv_groups));
-    std::iota(site.order.begin(), site.order.end(), index_t{0});
-    sites.push_back(std::move(site));
+    if (from[i].kv_groups == to[i].kv_groups && !(reorders && changing.contains(from[i].kind))) continue;
+    sites.push_back(conversion_of(from[i], to[i], parent.num_heads));
   }
   return sites;
 }
 
-// One group's shared heads with what they lose, as they travel between ranks.
-struct GroupResult {
-  SharedHead keys, values;
-  std::array<double, 4> sums{};  // lost and whole squares: of scores, of outputs
-};
-
-SharedHead shared_head(const HeadProducts& heads, Pooling pooling) {
-  switch (pooling) {
-    case Pooling::kMean:
-      return mean_head(heads.heads(), heads.d_kv());
-    case Pooling::kFirst:
-      return first_head(heads.heads(), heads.d_kv());
-    case Pooling::kRandom: {  // nothing of a fresh head is the parent's
-      SharedHead none = mean_head(heads.heads(), heads.d_kv());
-      std::fill(none.combine.values.begin(), none.combine.values.end(), 0.0);
-      return none;
-    }
-    case Pooling::kSpectral:
-    case Pooling::kCalibrated:
-      return merge_heads(heads);
-  }
-  throw InternalError("unknown pooling {}", static_cast<int>(pooling));
-}
-
-GroupResult plan_group(const SiteFactors& factors, std::span<const index_t> heads, Pooling pooling) {
-  GroupResult result;
-  const HeadProducts scores = factors.scores(heads);
-  const HeadProducts outputs = factors.outputs(heads);
-  result.keys = shared_head(scores, pooling);
-  result.values = shared_head(outputs, pooling);
-  result.sums = {merging_loss(scores, result.keys), merging_energy(scores),
-                 merging_loss(outputs, result.values), merging_energy(outputs)};
-  if (merges(pooling)) {
-    balance(scores, result.keys);
-    balance(outputs, result.values);
-  }
-  return result;
-}
-
-void append(std::string& bytes, std::span<const double> values) {
-  bytes.append(reinterpret_cast<const char*>(values.data()), values.size_bytes());
-}
-
-void take(const std::string& bytes, std::size_t& at, std::span<double> values) {
-  std::memcpy(values.data(), bytes.data() + at, values.size_bytes());
-  at += values.size_bytes();
-}
-
-void append(std::string& bytes, const SharedHead& head) {
-  append(bytes, head.combine.values);
-  for (const Matrix& mix : head.mix) append(bytes, mix.values);
-}
-
-SharedHead take_head(const std::string& bytes, std::size_t& at, index_t heads, index_t d_kv) {
-  SharedHead result = mean_head(heads, d_kv);  // of the right shapes
-  take(bytes, at, result.combine.values);
-  for (Matrix& mix : result.mix) take(bytes, at, mix.values);
-  return result;
-}
-
-// Plans the groups of some sites; group i of all of them is rank i % size's.
-class GroupPlanner {
+// The moments of attentions, as many at once as may be held. What fits as a whole is measured once.
+class MomentSource {
  public:
-  GroupPlanner(const ProcessGroup& world, const CheckpointReader& reader, const ModelConfig& parent,
-               const ConversionOptions& options)
-      : world_(world), reader_(reader), parent_(parent), options_(options) {}
+  MomentSource(const ModelConfig& parent, const Calibration& calibration)
+      : all_(attention_sites(parent)), calibration_(calibration) {}
 
-  // `moments`: of each site, or empty.
-  void plan(std::span<SiteConversion> sites, std::span<const SecondMoments> moments) {
-    std::string mine;
-    world_.run_together([&] {
-      index_t turn = 0;
-      for (std::size_t s = 0; s < sites.size(); ++s) {
-        std::optional<SiteFactors> factors;
-        for (index_t g = 0; g < sites[s].target.kv_groups; ++g) {
-          if (turn++ % world_.size() != world_.rank()) continue;
-          if (!factors)
-            factors.emplace(reader_, parent_, sites[s].parent, moments.empty() ? nullptr : &moments[s]);
-          world_.heartbeat().beat("merging heads");
-          const index_t n = sites[s].heads_per_group();
-          const GroupResult result = plan_group(
-              *factors,
-              std::span(sites[s].order).subspan(static_cast<std::size_t>(g * n), static_cast<std::size_t>(n)),
-              options_.pooling);
-          append(mine, result.sums);
-          if (!merges(options_.pooling)) continue;
-          append(mine, result.keys);
-          append(mine, result.values);
-        }
+  // Calls work(sites, their moments) for some sites after the other; without calibration once, with none.
+  template <class Work>
+  void each(std::span<SiteConversion> sites, Work&& work) {
+    if (!calibration_.measure) return work(sites, std::span<const SecondMoments>());
+    const auto at_once = static_cast<std::size_t>(std::max<index_t>(1, calibration_.sites_at_once));
+    for (std::size_t begin = 0; begin < sites.size(); begin += at_once) {
+      const auto some = sites.subspan(begin, std::min(at_once, sites.size() - begin));
+      const std::vector<index_t> places = places_of(some);
+      if (places != held_places_) {
+        held_.clear();  // their memory first
+        held_ = calibration_.measure(places);
+        held_places_ = places;
       }
-    });
-    collect(sites, world_.all_gather(mine));
+      work(some, std::span<const SecondMoments>(held_));
+    }
   }
 
  private:
-  void collect(std::span<SiteConversion> sites, const std::vector<std::string>& bytes) const {
-    std::vector<std::size_t> at(bytes.size());
-    std::size_t turn = 0;
-    for (SiteConversion& site : sites) {
-      std::array<double, 4> sums{};
-      for (index_t g = 0; g < site.target.kv_groups; ++g) {
-        const std::size_t rank = turn++ % bytes.size();
-        std::array<double, 4> of_group{};
-        take(bytes[rank], at[rank], of_group);
-        for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += of_group[i];
-        if (!merges(options_.pooling)) continue;
-        site.keys.push_back(take_head(bytes[rank], at[rank], site.heads_per_group(), parent_.d_kv));
-        site.values.push_back(take_head(bytes[rank], at[rank], site.heads_per_group(), parent_.d_kv));
-      }
-      site.score_loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
-      site.output_loss = sums[3] > 0 ? sums[2] / sums[3] : 0;
+  std::vector<index_t> places_of(std::span<const SiteConversion> sites) const {
+    std::vector<index_t> places;
+    for (const SiteConversion& site : sites) {
+      const auto found = std::find_if(all_.begin(), all_.end(), [&site](const AttentionSite& other) {
+        return other.prefix == site.parent.prefix;
+      });
+      places.push_back(found - all_.begin());
     }
+    return places;
   }
 
-  const ProcessGroup& world_;
-  const CheckpointReader& reader_;
-  const ModelConfig& parent_;
-  ConversionOptions options_;
+  std::vector<AttentionSite> all_;
+  const Calibration& calibration_;
+  std::vector<index_t> held_places_;
+  std::vector<SecondMoments> held_;
 };
 
-// The position in attention_sites() of each conversion.
-std::vector<index_t> positions_of(std::span<const SiteConversion> sites, const ModelConfig& parent) {
-  const std::vector<AttentionSite> all = attention_sites(parent);
-  std::vector<index_t> positions;
-  for (const SiteConversion& site : sites) {
-    const auto found = std::find_if(all.begin(), all.end(), [&site](const AttentionSite& other) {
-      return other.prefix == site.parent.prefix;
-    });
-    positions.push_back(found - all.begin());
+const SecondMoments* one_of(std::span<const SecondMoments> moments, std::size_t index) {
+  return moments.empty() ? nullptr : &moments[index];
+}
+
+// Cross-attentions by their own losses, the self-attentions of a stack by the sum of theirs, in as many
+// groups as the one with the fewest.
+void order_by_similarity(const GroupPlanner& planner, MomentSource& moments, std::span<SiteConversion> all) {
+  struct Stack {
+    Matrix losses;
+    index_t groups = 0;
+  };
+  std::map<AttentionKind, Stack> stacks;
+  moments.each(all, [&](std::span<SiteConversion> sites, std::span<const SecondMoments> of_sites) {
+    for (std::size_t s = 0; s < sites.size(); ++s) {
+      SiteConversion& site = sites[s];
+      Matrix losses = planner.pair_losses(site, one_of(of_sites, s));
+      if (site.parent.kind == AttentionKind::kCross) {
+        site.order = group_heads(losses, site.target.kv_groups);
+        continue;
+      }
+      Stack& stack = stacks[site.parent.kind];
+      stack.groups =
+          stack.groups == 0 ? site.target.kv_groups : std::min(stack.groups, site.target.kv_groups);
+      if (stack.losses.rows == 0) {
+        stack.losses = std::move(losses);
+        continue;
+      }
+      for (std::size_t i = 0; i < losses.values.size(); ++i) stack.losses.values[i] += losses.values[i];
+    }
+  });
+  for (SiteConversion& site : all) {
+    const auto stack = stacks.find(site.parent.kind);
+    if (stack != stacks.end()) site.order = group_heads(stack->second.losses, stack->second.groups);
   }
-  return positions;
+}
+
+// The numbers of groups of the decoder's attentions that lose least, target.kv_groups on average.
+std::vector<index_t> uneven_groups(const GroupPlanner& planner, MomentSource& moments,
+                                   const ModelConfig& parent, const ModelConfig& target,
+                                   const ProcessGroup& world) {
+  std::vector<SiteConversion> decoder;
+  for (const AttentionSite& site : attention_sites(parent)) {
+    if (site.kind == AttentionKind::kEncoderSelf) continue;
+    decoder.push_back(conversion_of(site, site, parent.num_heads));
+  }
+  std::vector<GroupCosts> costs;
+  moments.each(decoder, [&](std::span<SiteConversion> sites, std::span<const SecondMoments> of_sites) {
+    for (std::size_t s = 0; s < sites.size(); ++s) {
+      GroupCosts& of_site = costs.emplace_back();
+      for (const index_t groups : group_choices(sites[s].parent)) {
+        sites[s].target.kv_groups = groups;
+        planner.plan(sites.subspan(s, 1), of_sites.empty() ? of_sites : of_sites.subspan(s, 1));
+        of_site[groups] =
+            (of_sites.empty() ? sites[s].score_loss : sites[s].score_error) + sites[s].output_loss;
+      }
+    }
+  });
+  std::vector<index_t> chosen;
+  world.run_together(
+      [&] { chosen = choose_groups(costs, target.kv_groups * static_cast<index_t>(decoder.size())); });
+  return chosen;
 }
 
 }  // namespace
@@ -247,23 +227,32 @@ void validate_conversion(const ModelConfig& parent, const ModelConfig& target) {
   check_groups("encoder_kv_groups", parent.encoder_kv_groups, target.encoder_kv_groups);
 }
 
+std::vector<index_t> group_choices(const AttentionSite& parent) {
+  std::vector<index_t> choices;
+  for (index_t groups = 1; groups <= parent.kv_groups; groups *= 2) {
+    if (parent.kv_groups % groups == 0) choices.push_back(groups);
+  }
+  return choices;
+}
+
 ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader& reader,
                                const ModelConfig& parent, const ModelConfig& target,
                                const ConversionOptions& options, const Calibration& calibration) {
   world.run_together([&] { validate_conversion(parent, target); });
   check(options.pooling != Pooling::kCalibrated || calibration.measure,
         "calibrated conversion without calibration");
-  ConversionPlan plan{.options = options, .sites = changing_sites(parent, target)};
-  GroupPlanner planner(world, reader, parent, options);
-  const std::size_t at_once = calibration.measure
-                                  ? static_cast<std::size_t>(std::max<index_t>(1, calibration.sites_at_once))
-                                  : plan.sites.size();
-  for (std::size_t begin = 0; begin < plan.sites.size(); begin += at_once) {
-    const auto sites = std::span(plan.sites).subspan(begin, std::min(at_once, plan.sites.size() - begin));
-    std::vector<SecondMoments> moments;
-    if (calibration.measure) moments = calibration.measure(positions_of(sites, parent));
-    planner.plan(sites, moments);
+  ConversionPlan plan{.options = options, .target = target, .sites = {}};
+  const GroupPlanner planner(world, reader, parent, options);
+  MomentSource moments(parent, calibration);
+  if (options.budget == Budget::kUneven) {
+    plan.target.site_kv_groups = uneven_groups(planner, moments, parent, target, world);
   }
+  const bool similarity = options.grouping == Grouping::kSimilarity && options.pooling != Pooling::kRandom;
+  plan.sites = changing_sites(parent, plan.target, similarity);
+  if (similarity) order_by_similarity(planner, moments, plan.sites);
+  moments.each(plan.sites, [&](std::span<SiteConversion> sites, std::span<const SecondMoments> of_sites) {
+    planner.plan(sites, of_sites);
+  });
   return plan;
 }
 

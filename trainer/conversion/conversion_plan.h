@@ -24,10 +24,13 @@ std::vector<std::string> pooling_names();
 
 // Which heads form a group: neighbours, or those that lose least by becoming one.
 enum class Grouping { kPosition, kSimilarity };
+// Whether every decoder attention gets kv_groups, or each a power of two of its own, kv_groups on average.
+enum class Budget { kEven, kUneven };
 
 struct ConversionOptions {
   Pooling pooling = Pooling::kMean;
   Grouping grouping = Grouping::kPosition;
+  Budget budget = Budget::kEven;
   std::uint64_t seed = 0;  // of kRandom
 };
 
@@ -43,15 +46,16 @@ struct SiteConversion {
   // Share of the scores' and of the outputs' squares that is lost, in the measure that was minimised (without
   // calibration: inputs all alike).
   double score_loss = 0, output_loss = 0;
+  double score_error = 0;  // the scores' lost squares, mean over query heads: nats^2 where calibrated
 
   index_t heads_per_group() const { return parent.kv_groups / target.kv_groups; }
   index_t queries_per_head() const { return query_heads / parent.kv_groups; }
 };
 
-// By AttentionSite::prefix, only attentions that change; with how the shared heads are made.
 struct ConversionPlan {
   ConversionOptions options;
-  std::vector<SiteConversion> sites;
+  ModelConfig target;                 // with site_kv_groups where the budget is uneven
+  std::vector<SiteConversion> sites;  // those that change
 };
 
 // The moments of these attentions (positions in attention_sites()). Collective.
@@ -67,9 +71,17 @@ struct Calibration {
 // and dropout_rate.
 void validate_conversion(const ModelConfig& parent, const ModelConfig& target);
 
+// The numbers of groups that an uneven budget may choose for a site: powers of two that divide the parent's.
+std::vector<index_t> group_choices(const AttentionSite& parent);
+
 // Plans the conversion of a checkpoint; the ranks share the groups of all attentions and all get the whole
 // plan. kCalibrated needs a calibration; with one, the losses of the others are measured by it too.
-// Collective; UserError naming the tensor where weights are not finite, and as validate_conversion().
+//
+// Similar heads are found per attention, but the self-attentions of a stack share one order of heads, because
+// they share one table of position biases, whose columns follow. kRandom keeps the order, having nothing to
+// compare. An uneven budget is shared out over the decoder's attentions so that the sum of score_error
+// (without calibration: score_loss) and output_loss is least. Collective; UserError naming the tensor where
+// weights are not finite, and as validate_conversion().
 ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader& reader,
                                const ModelConfig& parent, const ModelConfig& target,
                                const ConversionOptions& options, const Calibration& calibration = {});

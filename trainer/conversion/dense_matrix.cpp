@@ -39,6 +39,14 @@ Matrix Matrix::column_block(index_t begin, index_t end) const {
   return result;
 }
 
+Matrix Matrix::transposed() const {
+  Matrix result(columns, rows);
+  for (index_t i = 0; i < rows; ++i) {
+    for (index_t j = 0; j < columns; ++j) result(j, i) = (*this)(i, j);
+  }
+  return result;
+}
+
 double Matrix::squared_norm() const {
   double sum = 0;
   for (const double value : values) sum += value * value;

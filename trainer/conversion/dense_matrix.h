@@ -29,6 +29,7 @@ struct Matrix {
   // Copies of rows [begin, end) or columns [begin, end).
   Matrix row_block(index_t begin, index_t end) const;
   Matrix column_block(index_t begin, index_t end) const;
+  Matrix transposed() const;
   double squared_norm() const;  // Frobenius
 };
 

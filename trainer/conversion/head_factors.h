@@ -2,6 +2,7 @@
 #pragma once
 
 #include <span>
+#include <string>
 
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/head_merging.h"
@@ -10,14 +11,25 @@
 
 namespace regroup {
 
-// Rows of a weight that hold head `head`: [d_kv, columns], in float64.
+// Rows of a weight that hold head `head`: [d_kv, d_model], in float64. UserError naming the tensor where it
+// is not finite.
 Matrix read_head(const CheckpointReader& reader, const std::string& name, index_t head, index_t d_kv,
                  index_t d_model);
 // Columns: [d_model, d_kv].
 Matrix read_output_head(const CheckpointReader& reader, const std::string& name, index_t head, index_t d_kv,
                         index_t d_model);
 
-// Reads heads as they are asked for; holds two factors of [d_model, d_model] beside them.
+// Key/value heads and what is on the other side of them.
+struct HeadFactors {
+  HeadProducts products;
+  Matrix weights;  // W_k or W_v of the heads, one below the other
+};
+
+// Reads heads as they are asked for; holds up to three factors of [d_model, d_model] beside them.
+//
+// The measure, from moments (E: docs/conversion.md): queries E[x x^T]; keys E[sum_j p_ij y_j y_j^T] - E[z
+// z^T], the covariance of keys under the attention's own probabilities, because a softmax does not see what
+// all its keys have in common; values E[z z^T], what attention passes on.
 class SiteFactors {
  public:
   // `site`: of the parent. `moments`: of the site, or null: every input is as likely as any other.
@@ -25,18 +37,21 @@ class SiteFactors {
               const SecondMoments* moments);
 
   // Of these key/value heads of the parent.
-  HeadProducts scores(std::span<const index_t> heads) const;   // W_q,h^T W_k,h
-  HeadProducts outputs(std::span<const index_t> heads) const;  // W_o,h W_v,h
+  HeadFactors scores(std::span<const index_t> heads) const;   // W_q^T W_k
+  HeadFactors outputs(std::span<const index_t> heads) const;  // W_o W_v
 
  private:
   const CheckpointReader& reader_;
-  ModelConfig parent_;
-  AttentionSite site_;
+  index_t d_model_, d_kv_, queries_per_head_;
+  std::string prefix_;
   Matrix queries_, keys_, values_;  // L of each; empty: the identity
 };
 
-// Multiplies shared and mixes by an invertible matrix and its inverse, so that optimizers see ordinary
-// parameters; the products stay.
-void balance(const HeadProducts& heads, SharedHead& merged);
+// Multiplies combine and mixes by a diagonal matrix and its inverse; the products stay. Each direction
+// becomes as large on one side as on the other (sqrt of the squares of mix_h^T W_q,h C_q^1/2 over heads, and
+// of its row of shared weights), and the shared head as large as the heads were on average (Frobenius), so
+// that an optimizer which scales its steps by a parameter's size sees ordinary parameters. One head stays as
+// it is.
+void balance(const HeadFactors& heads, SharedHead& merged);
 
 }  // namespace regroup

@@ -5,19 +5,30 @@
 namespace regroup {
 namespace {
 
-// R_h right_h L, one below the other, of any right [n d_kv, d_model].
-Matrix weighted(const HeadProducts& heads, const Matrix& right) {
+// R_h X_h, one below the other, of any X [n d_kv, d_model].
+Matrix weighted(const HeadProducts& heads, const Matrix& x) {
   const index_t d = heads.d_kv();
-  Matrix result(right.rows, right.columns);
+  Matrix result(x.rows, x.columns);
   for (index_t h = 0; h < heads.heads(); ++h) {
-    const Matrix block =
-        product(heads.left[static_cast<std::size_t>(h)], right.row_block(h * d, (h + 1) * d));
+    const Matrix block = product(heads.left[static_cast<std::size_t>(h)], x.row_block(h * d, (h + 1) * d));
     std::copy(block.values.begin(), block.values.end(), result.row(h * d));
   }
-  return heads.inputs.rows == 0 ? result : product(result, heads.inputs);
+  return result;
 }
 
 }  // namespace
+
+HeadProducts HeadProducts::of(std::span<const index_t> some) const {
+  const index_t d = d_kv();
+  HeadProducts result;
+  std::vector<Matrix> rights;
+  for (const index_t head : some) {
+    result.left.push_back(left[static_cast<std::size_t>(head)]);
+    rights.push_back(right.row_block(head * d, (head + 1) * d));
+  }
+  result.right = stack(rights);
+  return result;
+}
 
 SharedHead merge_heads(const HeadProducts& heads) {
   const index_t n = heads.heads();
@@ -32,7 +43,7 @@ SharedHead merge_heads(const HeadProducts& heads) {
     carries[static_cast<std::size_t>(i)] =
         i < known && z.sigma[static_cast<std::size_t>(i)] > kNothing * z.sigma[0];
   }
-  // shared L = sigma^-1 U^T Z, so combine = sigma^-1 U^T diag(R_h).
+  // combine B = sigma^-1 U^T Z, so combine = sigma^-1 U^T diag(R_h).
   for (index_t h = 0; h < n; ++h) {
     const Matrix part =
         product(z.u.row_block(h * d, (h + 1) * d), heads.left[static_cast<std::size_t>(h)], Transpose::kYes);
@@ -43,12 +54,11 @@ SharedHead merge_heads(const HeadProducts& heads) {
       }
     }
   }
-  const Matrix right = heads.inputs.rows == 0 ? heads.right : product(heads.right, heads.inputs);
   for (index_t h = 0; h < n; ++h) {
     Matrix& mix = result.mix[static_cast<std::size_t>(h)];
     mix = Matrix(d, d);
     const index_t usable = std::min(d, known);
-    const Matrix projected = product(right.row_block(h * d, (h + 1) * d), z.vt.row_block(0, usable),
+    const Matrix projected = product(heads.right.row_block(h * d, (h + 1) * d), z.vt.row_block(0, usable),
                                      Transpose::kNo, Transpose::kYes);
     for (index_t i = 0; i < d; ++i) {
       for (index_t j = 0; j < usable; ++j) {

@@ -10,28 +10,29 @@
 
 namespace regroup {
 
-// The heads of a group, n of them, as the product left_h right_h: right_h [d_kv, d_model] is W_k,h or W_v,h.
+// Key/value heads, n of them, as products of two factors in the measure in which losses count: B_h is W_k,h L
+// or W_v,h L with the second moments L L^T of what it reads, R_h the triangular factor of what is on the
+// other side: R_h^T R_h = sum W_q C_q W_q^T over the query heads of h, or sum W_o^T W_o.
 struct HeadProducts {
-  // R_h [d_kv, d_kv] with R_h^T R_h = left_h^T C left_h: of queries W_q,h C_q W_q,h^T, of outputs
-  // W_o,h^T W_o,h.
-  std::vector<Matrix> left;
-  Matrix right;  // [n d_kv, d_model], one below the other
-  // L [d_model, d_model], L L^T = C: second moments of what the right factors read. Empty: the identity.
-  Matrix inputs;
+  std::vector<Matrix> left;  // R_h [d_kv, d_kv]
+  Matrix right;              // B_h [d_kv, d_model], one below the other
 
   index_t heads() const { return static_cast<index_t>(left.size()); }
   index_t d_kv() const { return right.rows / heads(); }
+  // Some of them.
+  HeadProducts of(std::span<const index_t> some) const;
 };
 
-// shared = combine right, and left_h becomes left_h mix[h].
+// What becomes of them: shared weights = combine W, W of all heads one below the other; W_q,h becomes
+// mix[h]^T W_q,h and W_o,h becomes W_o,h mix[h].
 struct SharedHead {
   Matrix combine;           // [d_kv, n d_kv]
   std::vector<Matrix> mix;  // n of [d_kv, d_kv]
 };
 
-// Minimises  sum_h || R_h (right_h - mix_h combine right) L ||_F^2  over combine and mix: with the singular
-// value decomposition of Z, the R_h right_h L one below the other, combine right L are its leading d_kv right
-// singular vectors. One head stays as it is, to the bit. Directions that carry nothing are filled from the
+// Minimises  sum_h || R_h (B_h - mix_h combine B) ||_F^2  over combine and mix: with the singular value
+// decomposition of the R_h B_h one below the other, combine B are its leading d_kv right singular vectors
+// (Eckart and Young). One head stays as it is, to the bit. Directions that carry nothing are filled from the
 // first head's, with nothing of them in mix.
 SharedHead merge_heads(const HeadProducts& heads);
 

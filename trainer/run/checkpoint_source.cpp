@@ -44,11 +44,11 @@ void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source
 }
 
 void load_weights(const ProcessGroup& world, const CheckpointSource& source, ModelRunner& runner,
-                  const ConversionOptions& options) {
+                  const ConversionPlan& plan) {
   ParameterStore& store = runner.parameters();
   world.run_together([&] {
     const CheckpointReader reader(source.directory);
-    const ConvertingReader converting(reader, source.config, store.config(), options);
+    const ConvertingReader converting(reader, source.config, store.config(), plan);
     fill_from_host(runner.backend(), sharded_parameters(store), [&](const ShardedTensor& tensor) {
       world.heartbeat().beat("reading the weights");
       converting.read(tensor);

@@ -164,6 +164,10 @@ nlohmann::json run_identity(const Options& options, const ModelConfig& config, c
     all["init-from"] = options.init_from.string();
     all["parent-steps"] = length.first_step;
     all["pooling"] = options.pooling;
+    // Named only where they count, so that runs from before they existed resume.
+    if (options.grouping != "position") all["grouping"] = options.grouping;
+    if (options.kv_budget != "even") all["kv-budget"] = options.kv_budget;
+    if (options.pooling == "calibrated") all["calibration-batches"] = options.calibration_batches;
   }
   const Schedule::Kind kind = length.schedule.kind;
   if (kind == Schedule::Kind::kLinear || kind == Schedule::Kind::kCosine) all["steps"] = length.total_steps;

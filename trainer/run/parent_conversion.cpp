@@ -13,6 +13,7 @@ namespace regroup {
 ConversionOptions conversion_options(const Options& options) {
   return {.pooling = pooling_from_string(options.pooling),
           .grouping = options.grouping == "similarity" ? Grouping::kSimilarity : Grouping::kPosition,
+          .budget = options.kv_budget == "uneven" ? Budget::kUneven : Budget::kEven,
           .seed = options.seed};
 }
 

@@ -40,7 +40,8 @@ class TrainingRun {
   void choose_start();
   void find_start();
   void decide();
-  void evaluate_parent();
+  nlohmann::json identity() const;
+  void plan_conversion();
   void build();
   void load();
   void convert_parent();
@@ -68,6 +69,7 @@ class TrainingRun {
   SignalWatch signals_;
   RunDirectory directory_;
   std::optional<index_t> resumed_step_;     // of the checkpoint that is continued
+  ConversionPlan conversion_;               // of a fresh uptraining, until its weights are loaded
   std::optional<CheckpointSource> source_;  // that checkpoint, or the parent of a fresh uptraining
   RunState state_;
   ModelConfig config_;

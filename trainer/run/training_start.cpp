@@ -11,6 +11,7 @@
 #include "trainer/run/evaluation.h"
 #include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
+#include "trainer/run/parent_conversion.h"
 #include "trainer/run/rank_device.h"
 #include "trainer/run/training_run.h"
 
@@ -76,11 +77,8 @@ void TrainingRun::decide() {
     total_steps_ = options_.steps;
   }
   schedule_ = schedule_of(options_, total_steps_);
-  const nlohmann::json identity =
-      run_identity(options_, config_, *corpus_,
-                   {.schedule = schedule_, .total_steps = total_steps_, .first_step = state_.first_step});
-  if (resuming()) require_same_identity(state_.identity, identity, options_.run.string());
-  state_.identity = identity;
+  if (resuming()) require_same_identity(state_.identity, identity(), options_.run.string());
+  state_.identity = identity();
   if (source_) require_same_vocabulary(*source_, *corpus_);
   training_.emplace(*corpus_, Split::kTrain, training_samples(options_));
   heldout_.emplace(*corpus_, Split::kHeldout, heldout_samples(options_));
@@ -90,12 +88,21 @@ void TrainingRun::decide() {
   micro_batch_ = micro_batch_of(options_, layout_.data_parallel);
 }
 
-// Before the run's own model takes its memory.
-void TrainingRun::evaluate_parent() {
-  ModelRunner parent(*backend_, *mesh_, source_->config,
-                     runner_options(options_, *training_, micro_batch_, /*train=*/false));
-  load_weights(world_, *source_, parent);
-  state_.parent_loss = held_out(parent).mean();
+nlohmann::json TrainingRun::identity() const {
+  return run_identity(options_, config_, *corpus_,
+                      {.schedule = schedule_, .total_steps = total_steps_, .first_step = state_.first_step});
+}
+
+// Before the run's own model takes its memory. An uneven budget decides on the model's groups here.
+void TrainingRun::plan_conversion() {
+  const bool calibrates = options_.pooling == "calibrated";
+  ParentConversion parent = plan_parent(
+      options_, world_, *backend_, *mesh_, *source_, config_,
+      {.training = calibrates ? &*training_ : nullptr, .heldout = &*heldout_, .micro_batch = micro_batch_});
+  state_.parent_loss = parent.parent_loss;
+  conversion_ = std::move(parent.plan);
+  config_ = conversion_.target;
+  state_.identity = identity();
 }
 
 void TrainingRun::build() {
@@ -144,8 +151,8 @@ void TrainingRun::load() {
 }
 
 void TrainingRun::convert_parent() {
-  load_weights(world_, *source_, *runner_,
-               {.pooling = pooling_from_string(options_.pooling), .seed = options_.seed});
+  load_weights(world_, *source_, *runner_, conversion_);
+  conversion_ = {};
   state_.converted_loss = held_out(*runner_).mean();
   if (reporter_) {
     reporter_->evaluation({.step = state_.step, .name = "parent", .loss = state_.parent_loss});
@@ -175,7 +182,7 @@ void TrainingRun::start() {
   log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
             options_.precision, peak_flops_ * 1e-9);
   const bool converts = uptraining() && !resuming();
-  if (converts) evaluate_parent();
+  if (converts) plan_conversion();
   build();
   world_.run_on(0, [&] {
     reporter_ = std::make_unique<RunReporter>(options_.run, resumed_step_, options_.progress_every);

@@ -1,0 +1,157 @@
+#include "trainer/conversion/group_planner.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+#include <optional>
+
+#include "kernels/base/error.h"
+#include "trainer/conversion/head_factors.h"
+
+namespace regroup {
+namespace {
+
+// One group's shared heads with what they lose, as they travel between ranks.
+struct GroupResult {
+  SharedHead keys, values;
+  std::array<double, 4> sums{};  // lost and whole squares: of scores, of outputs
+};
+
+SharedHead shared_head(const HeadProducts& heads, Pooling pooling) {
+  switch (pooling) {
+    case Pooling::kMean:
+      return mean_head(heads.heads(), heads.d_kv());
+    case Pooling::kFirst:
+      return first_head(heads.heads(), heads.d_kv());
+    case Pooling::kRandom: {  // nothing of a fresh head is the parent's
+      SharedHead none = mean_head(heads.heads(), heads.d_kv());
+      std::fill(none.combine.values.begin(), none.combine.values.end(), 0.0);
+      return none;
+    }
+    case Pooling::kSpectral:
+    case Pooling::kCalibrated:
+      return merge_heads(heads);
+  }
+  throw InternalError("unknown pooling {}", static_cast<int>(pooling));
+}
+
+GroupResult plan_group(const SiteFactors& factors, std::span<const index_t> heads, Pooling pooling) {
+  GroupResult result;
+  const HeadFactors scores = factors.scores(heads);
+  const HeadFactors outputs = factors.outputs(heads);
+  result.keys = shared_head(scores.products, pooling);
+  result.values = shared_head(outputs.products, pooling);
+  result.sums = {merging_loss(scores.products, result.keys), merging_energy(scores.products),
+                 merging_loss(outputs.products, result.values), merging_energy(outputs.products)};
+  if (merges_products(pooling)) {
+    balance(scores, result.keys);
+    balance(outputs, result.values);
+  }
+  return result;
+}
+
+void append(std::string& bytes, std::span<const double> values) {
+  bytes.append(reinterpret_cast<const char*>(values.data()), values.size_bytes());
+}
+
+void take(const std::string& bytes, std::size_t& at, std::span<double> values) {
+  std::memcpy(values.data(), bytes.data() + at, values.size_bytes());
+  at += values.size_bytes();
+}
+
+void append(std::string& bytes, const SharedHead& head) {
+  append(bytes, head.combine.values);
+  for (const Matrix& mix : head.mix) append(bytes, mix.values);
+}
+
+SharedHead take_head(const std::string& bytes, std::size_t& at, index_t heads, index_t d_kv) {
+  SharedHead result = mean_head(heads, d_kv);  // of the right shapes
+  take(bytes, at, result.combine.values);
+  for (Matrix& mix : result.mix) take(bytes, at, mix.values);
+  return result;
+}
+
+// The loss of each pair that is this rank's turn, as a share of all heads', added to `losses`.
+void add_pair_losses(const HeadProducts& heads, Pooling pooling, const ProcessGroup& world, Matrix& losses) {
+  const double whole = merging_energy(heads);
+  if (whole == 0) return;
+  index_t turn = 0;
+  for (index_t i = 0; i < heads.heads(); ++i) {
+    for (index_t j = i + 1; j < heads.heads(); ++j) {
+      if (turn++ % world.size() != world.rank()) continue;
+      world.heartbeat().beat("comparing heads");
+      const HeadProducts pair = heads.of(std::array{i, j});
+      losses(i, j) += merging_loss(pair, shared_head(pair, pooling)) / whole;
+      losses(j, i) = losses(i, j);
+    }
+  }
+}
+
+}  // namespace
+
+bool merges_products(Pooling pooling) {
+  return pooling == Pooling::kSpectral || pooling == Pooling::kCalibrated;
+}
+
+void GroupPlanner::plan(std::span<SiteConversion> sites, std::span<const SecondMoments> moments) const {
+  std::string mine;
+  world_.run_together([&] {
+    index_t turn = 0;
+    for (std::size_t s = 0; s < sites.size(); ++s) {
+      std::optional<SiteFactors> factors;
+      const auto n = static_cast<std::size_t>(sites[s].heads_per_group());
+      for (index_t g = 0; g < sites[s].target.kv_groups; ++g) {
+        if (turn++ % world_.size() != world_.rank()) continue;
+        world_.heartbeat().beat("merging heads");
+        if (!factors) {
+          factors.emplace(reader_, parent_, sites[s].parent, moments.empty() ? nullptr : &moments[s]);
+        }
+        const auto heads = std::span(sites[s].order).subspan(static_cast<std::size_t>(g) * n, n);
+        const GroupResult result = plan_group(*factors, heads, options_.pooling);
+        append(mine, result.sums);
+        if (!merges_products(options_.pooling)) continue;
+        append(mine, result.keys);
+        append(mine, result.values);
+      }
+    }
+  });
+  collect(sites, world_.all_gather(mine));
+}
+
+void GroupPlanner::collect(std::span<SiteConversion> sites, const std::vector<std::string>& bytes) const {
+  std::vector<std::size_t> at(bytes.size());
+  std::size_t turn = 0;
+  for (SiteConversion& site : sites) {
+    site.keys.clear();
+    site.values.clear();
+    std::array<double, 4> sums{};
+    for (index_t g = 0; g < site.target.kv_groups; ++g) {
+      const std::size_t rank = turn++ % bytes.size();
+      std::array<double, 4> of_group{};
+      take(bytes[rank], at[rank], of_group);
+      for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += of_group[i];
+      if (!merges_products(options_.pooling)) continue;
+      site.keys.push_back(take_head(bytes[rank], at[rank], site.heads_per_group(), parent_.d_kv));
+      site.values.push_back(take_head(bytes[rank], at[rank], site.heads_per_group(), parent_.d_kv));
+    }
+    site.score_loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
+    site.output_loss = sums[3] > 0 ? sums[2] / sums[3] : 0;
+    site.score_error = sums[0] / static_cast<double>(site.query_heads);
+  }
+}
+
+Matrix GroupPlanner::pair_losses(const SiteConversion& site, const SecondMoments* moments) const {
+  Matrix losses(site.parent.kv_groups, site.parent.kv_groups);
+  world_.run_together([&] {
+    const SiteFactors factors(reader_, parent_, site.parent, moments);
+    std::vector<index_t> all(static_cast<std::size_t>(site.parent.kv_groups));
+    std::iota(all.begin(), all.end(), index_t{0});
+    add_pair_losses(factors.scores(all).products, options_.pooling, world_, losses);
+    add_pair_losses(factors.outputs(all).products, options_.pooling, world_, losses);
+  });
+  world_.all_reduce(losses.values, ReduceOp::kSum);
+  return losses;
+}
+
+}  // namespace regroup

@@ -1,0 +1,37 @@
+// Merges the groups of attentions, the ranks sharing the work.
+#pragma once
+
+#include <span>
+
+#include "trainer/conversion/conversion_plan.h"
+
+namespace regroup {
+
+// All members are collective over `world`; every rank gets everything. `moments`: one a site, or none.
+class GroupPlanner {
+ public:
+  // They outlive the planner.
+  GroupPlanner(const ProcessGroup& world, const CheckpointReader& reader, const ModelConfig& parent,
+               const ConversionOptions& options)
+      : world_(world), reader_(reader), parent_(parent), options_(options) {}
+
+  // Fills keys, values and losses of each site, whose order and groups are set. UserError as read_head().
+  void plan(std::span<SiteConversion> sites, std::span<const SecondMoments> moments) const;
+
+  // What a site loses where two of its key/value heads become one: score_loss + output_loss of the pair, as
+  // shares of the whole site's. Symmetric [heads, heads].
+  Matrix pair_losses(const SiteConversion& site, const SecondMoments* moments) const;
+
+ private:
+  void collect(std::span<SiteConversion> sites, const std::vector<std::string>& bytes) const;
+
+  const ProcessGroup& world_;
+  const CheckpointReader& reader_;
+  const ModelConfig& parent_;
+  ConversionOptions options_;
+};
+
+// Whether shared heads are made by merge_heads(), and the other sides of the products change with them.
+bool merges_products(Pooling pooling);
+
+}  // namespace regroup
