@@ -14,6 +14,7 @@ const std::vector<std::pair<std::string, Mode>>& modes() {
                                                                 {"pretrain", Mode::kPretrain},
                                                                 {"uptrain", Mode::kUptrain},
                                                                 {"evaluate", Mode::kEvaluate},
+                                                                {"convert", Mode::kConvert},
                                                                 {"report", Mode::kReport},
                                                                 {"doctor", Mode::kDoctor}};
   return all;
@@ -74,7 +75,9 @@ po::options_description describe_modes() {
       "prepare-data", "text to a token corpus (--input, --tokenizer, --output)")(
       "pretrain", "train a T5 1.1 from scratch")(
       "uptrain", "convert a multi-head checkpoint to grouped queries and train on")(
-      "evaluate", "held-out loss of a checkpoint at any layout")("report", "compare finished runs (--runs)")(
+      "evaluate", "held-out loss of a checkpoint at any layout")(
+      "convert", "a checkpoint with fewer key/value groups, and what it loses (--init-from, --output)")(
+      "report", "compare finished runs (--runs)")(
       "doctor", "look for what would make a run under this launcher slow or fragile");
   return group;
 }
@@ -170,7 +173,7 @@ std::vector<po::options_description> describe_options(Options& o) {
       "checkpoint", path(o.checkpoint), "--evaluate: a run, a step directory, or a transformers T5 1.1");
   group("Text to corpus")("input", paths(o.inputs),
                           "text, JSON lines ({\"text\": ...}), .gz of either, or folders of them")(
-      "output", path(o.output), "the corpus folder, or the vocabulary file")(
+      "output", path(o.output), "the corpus folder, the vocabulary file, or the converted run")(
       "tokenizer", path(o.tokenizer, "FILE"), "SentencePiece model")(
       "vocab-pieces", bound(o.vocab_pieces), "pieces of a new vocabulary (100 sentinels come on top)")(
       "heldout-fraction", bound(o.heldout_fraction), "share of documents kept from training")(

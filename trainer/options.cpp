@@ -100,7 +100,8 @@ Mode mode_of(const po::variables_map& values) {
   }
   if (given.empty()) {
     throw UserError(
-        "no mode is given; say --pretrain, --uptrain, --evaluate, --prepare-data, --train-tokenizer, "
+        "no mode is given; say --pretrain, --uptrain, --convert, --evaluate, --prepare-data, "
+        "--train-tokenizer, "
         "--report, --doctor or --help");
   }
   if (given.size() > 1)
@@ -208,6 +209,14 @@ void validate(const Options& o) {
     case Mode::kEvaluate:
       require(!o.checkpoint.empty(), "evaluate", "checkpoint", "a run or one of its step directories");
       require(!o.corpus.empty(), "evaluate", "corpus", "a folder that --prepare-data made");
+      return;
+    case Mode::kConvert:
+      require(!o.init_from.empty(), "convert", "init-from", "the parent's checkpoint");
+      require(!o.output.empty(), "convert", "output", "the run directory to make");
+      if (o.pooling == "calibrated") {
+        require(!o.corpus.empty(), "convert --pooling calibrated", "corpus",
+                "text that shows what the attentions read");
+      }
       return;
     case Mode::kReport:
       require(!o.runs.empty(), "report", "runs", "the run directories to compare");

@@ -22,6 +22,7 @@ enum class Mode {
   kPretrain,
   kUptrain,
   kEvaluate,
+  kConvert,
   kReport,
   kDoctor
 };

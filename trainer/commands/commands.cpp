@@ -23,6 +23,8 @@ int run_command(const Options& options, const ProcessGroup& world, const Log& lo
       return train_command(options, world, log);
     case Mode::kEvaluate:
       return evaluate_command(options, world, log);
+    case Mode::kConvert:
+      return convert_command(options, world, log);
     case Mode::kReport:
       return report_command(options, world, log);
     case Mode::kDoctor:

@@ -14,6 +14,7 @@ int prepare_data_command(const Options& options, const ProcessGroup& world, cons
 int train_command(const Options& options, const ProcessGroup& world,
                   const Log& log);  // --pretrain, --uptrain
 int evaluate_command(const Options& options, const ProcessGroup& world, const Log& log);
+int convert_command(const Options& options, const ProcessGroup& world, const Log& log);
 int report_command(const Options& options, const ProcessGroup& world, const Log& log);
 int doctor_command(const Options& options, const ProcessGroup& world, const Log& log);
 

@@ -34,7 +34,7 @@ int evaluate_command(const Options& asked, const ProcessGroup& world, const Log&
   const index_t micro_batch = evaluation_micro_batch(options);
   ModelRunner runner(*device.backend, mesh, config,
                      runner_options(options, *samples, micro_batch, /*train=*/false));
-  load_weights(world, source, runner);
+  load_weights(world, source, *device.backend, runner.parameters());
   const LossSums sums = evaluate(runner, mesh, *samples, options.evaluation_samples, micro_batch);
   log.info("{}: {} of {} key/value groups{}, {} data-parallel x {} tensor-parallel ranks",
            source.directory.string(), config.kv_groups, config.num_heads,

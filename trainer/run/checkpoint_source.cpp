@@ -43,13 +43,12 @@ void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source
   if (source.state) verify_step(world, source.directory);
 }
 
-void load_weights(const ProcessGroup& world, const CheckpointSource& source, ModelRunner& runner,
-                  const ConversionPlan& plan) {
-  ParameterStore& store = runner.parameters();
+void load_weights(const ProcessGroup& world, const CheckpointSource& source, Backend& backend,
+                  ParameterStore& store, const ConversionPlan& plan) {
   world.run_together([&] {
     const CheckpointReader reader(source.directory);
     const ConvertingReader converting(reader, source.config, store.config(), plan);
-    fill_from_host(runner.backend(), sharded_parameters(store), [&](const ShardedTensor& tensor) {
+    fill_from_host(backend, sharded_parameters(store), [&](const ShardedTensor& tensor) {
       world.heartbeat().beat("reading the weights");
       converting.read(tensor);
     });

@@ -8,7 +8,7 @@
 #include "parallel/process_group.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/model/config.h"
-#include "trainer/run/model_runner.h"
+#include "trainer/model/parameter_store.h"
 #include "trainer/run/run_state.h"
 
 namespace regroup {
@@ -28,10 +28,10 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
 // carry none. Collective; UserError naming the first damaged file.
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);
 
-// Fills the runner's masters and weights from the checkpoint: this rank's slices, converted by the
-// plan where the runner's model has fewer key/value groups. Collective; UserErrors as ConvertingReader.
-void load_weights(const ProcessGroup& world, const CheckpointSource& source, ModelRunner& runner,
-                  const ConversionPlan& plan = {});
+// Fills the store's masters and weights from the checkpoint: this rank's slices, converted by the
+// plan where the store's model has fewer key/value groups. Collective; UserErrors as ConvertingReader.
+void load_weights(const ProcessGroup& world, const CheckpointSource& source, Backend& backend,
+                  ParameterStore& store, const ConversionPlan& plan = {});
 
 // UserError unless the corpus was tokenized with the model's vocabulary: of its size and, where the
 // checkpoint has its tokenizer.model with it, that very one.

@@ -63,13 +63,13 @@ ModelConfig pretrained_config(const Options& options, index_t vocab_size) {
 ModelConfig uptrained_config(const Options& options, const ModelConfig& parent) {
   if (!options.kv_groups && !options.encoder_kv_groups) {
     throw UserError(
-        "--uptrain needs --kv-groups: how many key/value groups the {} heads become (the paper: 8 for T5 "
+        "{} needs --kv-groups: how many key/value groups the {} heads become (the paper: 8 for T5 "
         "XXL; 1 is multi-query)",
-        parent.num_heads);
+        options.mode == Mode::kConvert ? "--convert" : "--uptrain", parent.num_heads);
   }
   for (const char* name : {"d-model", "d-kv", "d-ff", "heads", "layers", "decoder-layers"}) {
     if (options.given.contains(name))
-      throw UserError("--{} says nothing with --uptrain: the model is the parent's", name);
+      throw UserError("--{} says nothing in this mode: the model is the parent's", name);
   }
   ModelConfig config = parent;
   config.kv_groups = options.kv_groups.value_or(parent.kv_groups);

@@ -1,14 +1,54 @@
 #include "trainer/run/parent_conversion.h"
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <optional>
 
+#include "trainer/checkpoint/step_directory.h"
 #include "trainer/run/calibration.h"
 #include "trainer/run/evaluation.h"
 #include "trainer/run/model_options.h"
 
 namespace regroup {
+namespace {
+
+// A checkpoint of this program by its trainer.json, which has the checksums of all its files; another by the
+// bytes of its model.
+std::string checksum_of(const ProcessGroup& world, const CheckpointSource& source) {
+  std::vector<std::filesystem::path> files;
+  world.run_together([&] {
+    const std::filesystem::path state = source.directory / "trainer.json";
+    if (std::filesystem::exists(state)) {
+      files = {state};
+      return;
+    }
+    for (const auto& entry : std::filesystem::directory_iterator(source.directory)) {
+      if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+    }
+    std::sort(files.begin(), files.end());
+  });
+  std::string text;
+  for (const std::uint64_t checksum : tree_checksums(world, files)) text += fmt::format("{:016x}", checksum);
+  return text;
+}
+
+ConversionProvenance provenance_of(const Options& options, const ProcessGroup& world,
+                                   const CheckpointSource& source, const ParentData& data) {
+  ConversionProvenance result{.parent = source.directory.string(),
+                              .parent_checksum = checksum_of(world, source),
+                              .pooling = options.pooling,
+                              .grouping = options.grouping,
+                              .kv_budget = options.kv_budget,
+                              .corpus = {},
+                              .seed = options.seed};
+  if (data.training == nullptr) return result;
+  result.corpus = fmt::format("{:016x}", data.corpus->fingerprint());
+  result.calibration_samples = options.calibration_batches * options.batch_size;
+  return result;
+}
+
+}  // namespace
 
 ConversionOptions conversion_options(const Options& options) {
   return {.pooling = pooling_from_string(options.pooling),
@@ -20,16 +60,17 @@ ConversionOptions conversion_options(const Options& options) {
 ParentConversion plan_parent(const Options& options, const ProcessGroup& world, Backend& backend,
                              const Mesh& mesh, const CheckpointSource& source, const ModelConfig& target,
                              const ParentData& data) {
-  ParentConversion result{.parent_loss = std::numeric_limits<double>::quiet_NaN()};
+  ParentConversion result;
+  result.report.provenance = provenance_of(options, world, source, data);
   std::optional<ModelRunner> runner;
   if (data.training != nullptr || data.heldout != nullptr) {
     const Samples& samples = data.heldout != nullptr ? *data.heldout : *data.training;
     runner.emplace(backend, mesh, source.config,
                    runner_options(options, samples, data.micro_batch, /*train=*/false));
-    load_weights(world, source, *runner);
+    load_weights(world, source, backend, runner->parameters());
   }
   if (data.heldout != nullptr) {
-    result.parent_loss =
+    result.report.parent_loss =
         evaluate(*runner, mesh, *data.heldout, options.evaluation_samples, data.micro_batch).mean();
   }
   const auto began = std::chrono::steady_clock::now();
@@ -50,8 +91,28 @@ ParentConversion plan_parent(const Options& options, const ProcessGroup& world, 
   world.run_together([&] { reader.emplace(source.directory); });
   result.plan =
       plan_conversion(world, *reader, source.config, target, conversion_options(options), calibration);
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  result.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  result.report.parent = source.config;
+  result.report.target = result.plan.target;
+  result.report.sites = result.plan.sites;
+  for (SiteConversion& site : result.report.sites) {
+    site.keys.clear();
+    site.values.clear();
+  }
   return result;
+}
+
+std::vector<index_t> conversion_groups(const Options& options, const ModelConfig& parent,
+                                       const ModelConfig& target) {
+  std::vector<index_t> groups = parent.all_kv_groups();
+  const std::vector<index_t> of_target = target.all_kv_groups();
+  groups.insert(groups.end(), of_target.begin(), of_target.end());
+  if (options.kv_budget != "uneven") return groups;
+  for (const AttentionSite& site : attention_sites(parent)) {
+    const std::vector<index_t> choices = group_choices(site);
+    groups.insert(groups.end(), choices.begin(), choices.end());
+  }
+  return groups;
 }
 
 }  // namespace regroup

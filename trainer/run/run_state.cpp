@@ -27,6 +27,7 @@ nlohmann::json to_json(const RunState& state) {
           {"parent_loss", number_or_null(state.parent_loss)},
           {"converted_loss", number_or_null(state.converted_loss)},
           {"divergence", to_json(state.divergence)},
+          {"conversion", state.conversion},
           {"identity", state.identity}};
 }
 
@@ -43,6 +44,7 @@ RunState run_state_from_json(const nlohmann::json& json, const std::string& wher
     state.parent_loss = number("parent_loss");
     state.converted_loss = number("converted_loss");
     if (json.contains("divergence")) state.divergence = divergence_from_json(json.at("divergence"));
+    state.conversion = json.value("conversion", nlohmann::json());
     state.identity = json.at("identity");
     return state;
   } catch (const nlohmann::json::exception& error) {

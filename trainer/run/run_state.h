@@ -20,7 +20,8 @@ struct RunState {
   double parent_loss = std::numeric_limits<double>::quiet_NaN();
   double converted_loss = std::numeric_limits<double>::quiet_NaN();
   std::string parent;
-  Divergence divergence;  // what judges the next step
+  nlohmann::json conversion;  // ConversionProvenance of a converted model, else null
+  Divergence divergence;      // what judges the next step
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not
   // part of it.
   nlohmann::json identity = nlohmann::json::object();

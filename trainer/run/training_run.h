@@ -12,6 +12,7 @@
 #include "trainer/options.h"
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/model_runner.h"
+#include "trainer/run/parent_conversion.h"
 #include "trainer/run/run_directory.h"
 #include "trainer/run/run_reporter.h"
 #include "trainer/run/run_saver.h"
@@ -69,7 +70,7 @@ class TrainingRun {
   SignalWatch signals_;
   RunDirectory directory_;
   std::optional<index_t> resumed_step_;     // of the checkpoint that is continued
-  ConversionPlan conversion_;               // of a fresh uptraining, until its weights are loaded
+  ParentConversion conversion_;             // of a fresh uptraining, until its weights are loaded
   std::optional<CheckpointSource> source_;  // that checkpoint, or the parent of a fresh uptraining
   RunState state_;
   ModelConfig config_;

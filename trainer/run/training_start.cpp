@@ -96,12 +96,15 @@ nlohmann::json TrainingRun::identity() const {
 // Before the run's own model takes its memory. An uneven budget decides on the model's groups here.
 void TrainingRun::plan_conversion() {
   const bool calibrates = options_.pooling == "calibrated";
-  ParentConversion parent = plan_parent(
-      options_, world_, *backend_, *mesh_, *source_, config_,
-      {.training = calibrates ? &*training_ : nullptr, .heldout = &*heldout_, .micro_batch = micro_batch_});
-  state_.parent_loss = parent.parent_loss;
-  conversion_ = std::move(parent.plan);
-  config_ = conversion_.target;
+  conversion_ = plan_parent(options_, world_, *backend_, *mesh_, *source_, config_,
+                            {.corpus = &*corpus_,
+                             .training = calibrates ? &*training_ : nullptr,
+                             .heldout = &*heldout_,
+                             .micro_batch = micro_batch_});
+  world_.run_together([&] { validate_tensor_parallel(conversion_.plan.target, layout_.tensor_parallel); });
+  state_.parent_loss = conversion_.report.parent_loss;
+  state_.conversion = to_json(conversion_.report.provenance);
+  config_ = conversion_.plan.target;
   state_.identity = identity();
 }
 
@@ -151,9 +154,11 @@ void TrainingRun::load() {
 }
 
 void TrainingRun::convert_parent() {
-  load_weights(world_, *source_, *runner_, conversion_);
-  conversion_ = {};
+  load_weights(world_, *source_, *backend_, runner_->parameters(), conversion_.plan);
   state_.converted_loss = held_out(*runner_).mean();
+  conversion_.report.converted_loss = state_.converted_loss;
+  world_.run_on(0, [&] { write_conversion_report(options_.run, conversion_.report); });
+  conversion_ = {};
   if (reporter_) {
     reporter_->evaluation({.step = state_.step, .name = "parent", .loss = state_.parent_loss});
     reporter_->evaluation({.step = state_.step, .name = "converted", .loss = state_.converted_loss});
@@ -168,11 +173,8 @@ void TrainingRun::start() {
   RankDevice device = open_device(options_, world_, log_);
   backend_ = std::move(device.backend);
   if (resuming()) take_up_tuning();
-  std::vector<index_t> groups = config_.all_kv_groups();
-  if (source_) {
-    const std::vector<index_t> of_parent = source_->config.all_kv_groups();
-    groups.insert(groups.end(), of_parent.begin(), of_parent.end());
-  }
+  const std::vector<index_t> groups =
+      source_ ? conversion_groups(options_, source_->config, config_) : config_.all_kv_groups();
   mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
   if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
   // Before the model takes its memory.

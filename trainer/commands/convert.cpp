@@ -1,0 +1,130 @@
+#include <cstdio>
+#include <optional>
+
+#include "kernels/base/file.h"
+#include "trainer/checkpoint/checkpoint_writer.h"
+#include "trainer/commands/commands.h"
+#include "trainer/run/evaluation.h"
+#include "trainer/run/model_options.h"
+#include "trainer/run/parent_conversion.h"
+#include "trainer/run/rank_device.h"
+#include "trainer/run/run_directory.h"
+#include "trainer/run/watchdog.h"
+
+namespace regroup {
+namespace {
+
+// The corpus and what is taken of it; none where --corpus was not given.
+struct ConversionData {
+  std::optional<Corpus> corpus;
+  std::optional<Samples> training, heldout;
+};
+
+void open_data(const Options& options, const CheckpointSource& source, ConversionData& data) {
+  if (options.corpus.empty()) return;
+  data.corpus.emplace(options.corpus);
+  require_same_vocabulary(source, *data.corpus);
+  data.training.emplace(*data.corpus, Split::kTrain, training_samples(options));
+  data.heldout.emplace(*data.corpus, Split::kHeldout, heldout_samples(options));
+}
+
+// The parent's state with the new model: to train on from it is to train on from the parent.
+RunState converted_state(const Options& options, const CheckpointSource& source,
+                         const ConversionReport& report) {
+  RunState state = source.state.value_or(RunState());
+  if (!source.state) state.step = options.parent_steps;
+  state.first_step = state.step;
+  state.parent = source.directory.string();
+  state.parent_loss = report.parent_loss;
+  state.converted_loss = report.converted_loss;
+  state.conversion = to_json(report.provenance);
+  state.identity["model"] = nlohmann::json::parse(to_json(report.target));
+  return state;
+}
+
+// What lies beside the tensors: the tokenizer is the parent's, or the corpus' that it was trained on.
+std::map<std::string, std::string> small_files(const CheckpointSource& source, const ConversionData& data,
+                                               const ModelConfig& config) {
+  std::map<std::string, std::string> texts = {{"config.json", to_json(config)}};
+  const std::filesystem::path own = source.directory / "tokenizer.model";
+  if (std::filesystem::exists(own)) {
+    texts["tokenizer.model"] = read_text(own);
+  } else if (data.corpus) {
+    texts["tokenizer.model"] = read_text(data.corpus->tokenizer_file());
+  }
+  return texts;
+}
+
+}  // namespace
+
+int convert_command(const Options& asked, const ProcessGroup& world, const Log& log) {
+  const Watchdog watchdog(world, asked.hang_timeout, log);
+  Options options = asked;
+  const CheckpointSource source = find_checkpoint(world, options.init_from);
+  ModelConfig target;
+  ConversionData data;
+  Layout layout;
+  RunDirectory directory(world, options.output, log);
+  world.run_together([&] {
+    if (source.state) inherit(options, source.state->identity);
+    target = uptrained_config(options, source.config);
+    validate_conversion(source.config, target);
+    layout = complete_layout(options.layout, world.size());
+    validate_tensor_parallel(source.config, layout.tensor_parallel);
+    validate_tensor_parallel(target, layout.tensor_parallel);
+    open_data(options, source, data);
+  });
+  if (const auto step = directory.newest()) {
+    UserError error("{} has a checkpoint of step {} already; give another --output", options.output.string(),
+                    *step);
+    error.set_on_every_rank();
+    throw error;
+  }
+  verify_checkpoint(world, source);
+  const RankDevice device = open_device(options, world, log);
+  const Mesh mesh(world, layout, conversion_groups(options, source.config, target), device.communicators);
+  const index_t micro_batch = evaluation_micro_batch(options);
+  ParentConversion parent = plan_parent(options, world, *device.backend, mesh, source, target,
+                                        {.corpus = data.corpus ? &*data.corpus : nullptr,
+                                         .training = data.training ? &*data.training : nullptr,
+                                         .heldout = data.heldout ? &*data.heldout : nullptr,
+                                         .micro_batch = micro_batch});
+  ConversionReport& report = parent.report;
+  world.run_together([&] { validate_tensor_parallel(report.target, layout.tensor_parallel); });
+  directory.take();
+
+  std::optional<ModelRunner> runner;
+  std::optional<ParameterStore> alone;  // without a corpus nothing runs
+  if (data.heldout) {
+    runner.emplace(*device.backend, mesh, report.target,
+                   runner_options(options, *data.heldout, micro_batch, /*train=*/false));
+  } else {
+    alone.emplace(*device.backend, report.target,
+                  ParameterStore::Options{.compute = DType::kFloat32,
+                                          .tp_rank = mesh.tp_rank(),
+                                          .tp_size = mesh.tp_size(),
+                                          .gradients = false});
+  }
+  ParameterStore& store = runner ? runner->parameters() : *alone;
+  load_weights(world, source, *device.backend, store, parent.plan);
+  if (runner) {
+    report.converted_loss =
+        evaluate(*runner, mesh, *data.heldout, options.evaluation_samples, micro_batch).mean();
+  }
+  std::map<std::string, std::string> texts;
+  world.run_on(0, [&] {
+    texts = small_files(source, data, report.target);
+    write_conversion_report(options.output, report);
+  });
+  const RunState state = converted_state(options, source, report);
+  CheckpointWriter writer(world, layout, *device.backend, directory.checkpoints(),
+                          {{.stem = "model", .tensors = sharded_parameters(store)}},
+                          {.memory = static_cast<std::uint64_t>(options.save_memory) << 20});
+  writer.save(state.step, to_json(state), texts);
+  writer.finish();
+  if (world.rank() == 0) fmt::print("{}", conversion_table(report));
+  log.info("{} is written: give it to --init-from or --checkpoint", options.output.string());
+  return 0;
+}
+
+}  // namespace regroup
