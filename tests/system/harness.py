@@ -160,6 +160,16 @@ def exists(pid):
         return False
 
 
+def gone(pid, seconds):
+    """Whether a process has ended within so many seconds."""
+    end = time.monotonic() + seconds
+    while exists(pid):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 class Job:
     """A job under way, in a process group of its own; a context manager that leaves nothing behind."""
 
