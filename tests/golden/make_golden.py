@@ -24,6 +24,9 @@ from transformers.models.t5 import modeling_t5
 SHAPE = dict(vocab_size=96, d_model=20, d_kv=12, d_ff=40, num_heads=6, num_layers=3,
              num_decoder_layers=3, kv_groups=6, encoder_kv_groups=6, z_loss=0.0)
 LONG = dict(num_layers=1, num_decoder_layers=1)
+# Self, cross of layer 0, self, cross of layer 1.
+UNEVEN = dict(num_layers=1, num_decoder_layers=2, kv_groups=3, encoder_kv_groups=2,
+              site_kv_groups=[6, 1, 2, 3])
 
 # name -> (overrides of SHAPE, input lengths, target lengths); rows are padded to the longest.
 PADDED = ([11, 8, 5], [7, 4, 6])
@@ -33,6 +36,7 @@ CASES = {
     "gqa2": (dict(kv_groups=2), *PADDED),
     "mqa": (dict(kv_groups=1), *PADDED),
     "gqa2_encoder": (dict(kv_groups=2, encoder_kv_groups=3), *PADDED),
+    "uneven": (UNEVEN, *PADDED),
     "zloss": (dict(z_loss=1e-4), *PADDED),
     "long": (LONG, [200], [150]),
 }
@@ -66,7 +70,12 @@ def groups_of(name, shape):
     """Key/value groups of a k or v parameter, None for every other parameter."""
     if not re.search(r"Attention\.[kv]\.weight$", name):
         return None
-    return shape["encoder_kv_groups" if name.startswith("encoder.") else "kv_groups"]
+    if name.startswith("encoder."):
+        return shape["encoder_kv_groups"]
+    if "site_kv_groups" not in shape:
+        return shape["kv_groups"]
+    layer = int(name.split(".")[2])
+    return shape["site_kv_groups"][2 * layer + (".EncDecAttention." in name)]
 
 
 def expand(compact, shape, groups):

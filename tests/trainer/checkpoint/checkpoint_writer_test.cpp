@@ -40,6 +40,13 @@ ModelConfig small_model() {
   return config;
 }
 
+// G < tp at some attentions and G >= tp at others, for 2 and for 4 ranks.
+ModelConfig uneven_model() {
+  ModelConfig config = small_model();
+  config.site_kv_groups = {4, 1, 2, 1};
+  return config;
+}
+
 // The global value of element `i` of a parameter: any function of both will do.
 float value_of(const std::string& name, index_t i) {
   return static_cast<float>(key_of(name) % 1000) + 0.25F * static_cast<float>(i % 4096);
@@ -82,7 +89,9 @@ class CheckpointWriterTest : public testing::Test {
     const std::vector<TensorSet> sets = {{.stem = "model", .tensors = slices.tensors}};
     return std::make_unique<CheckpointWriter>(world_, layout(tp), *backend_, store, sets, options);
   }
-  Slices slices(int tp) const { return Slices(parameter_table(small_model()), world_.rank() % tp, tp); }
+  Slices slices(int tp, const ModelConfig& config = small_model()) const {
+    return Slices(parameter_table(config), world_.rank() % tp, tp);
+  }
   CheckpointStore save_model(const std::string& run, int tp, const Options& options) {
     const CheckpointStore steps = store(run);
     steps.prepare();
@@ -170,6 +179,37 @@ TEST_F(CheckpointWriterTest, AnyLayoutReadsWhatAnyOtherWrote) {
       for (auto& memory : read.memories) std::fill(memory.begin(), memory.end(), -1.0F);
       for (const ShardedTensor& t : read.tensors) reader.read(t);
       EXPECT_EQ(read.memories, expected) << tp << " " << rank;
+    }
+  }
+}
+
+// From nothing but the files: the configuration says what each attention has.
+TEST_F(CheckpointWriterTest, AnUnevenModelIsReadInAnyLayout) {
+  for (int tp = 1; tp <= world_.size(); tp *= 2) {
+    const CheckpointStore steps = store(fmt::format("uneven{}", tp));
+    steps.prepare();
+    const Slices mine = slices(tp, uneven_model());
+    const auto saver = writer(steps, mine, tp, {.block_bytes = 200});
+    saver->save(1, {{"step", 1}}, {{"config.json", to_json(uneven_model())}});
+    EXPECT_EQ(saver->finish(), 1);
+    const ModelConfig config =
+        model_config_from_json(read_text(steps.path_of(1) / "config.json"), "config.json");
+    EXPECT_EQ(config, uneven_model());
+    const auto table = parameter_table(config);
+    const CheckpointReader reader(steps.path_of(1));
+    reader.require(table);
+    EXPECT_NE(refusal([&] {
+                reader.require(parameter_table(small_model()));
+              }).find("decoder.block.0.layer.0.SelfAttention.k.weight"),
+              std::string::npos);
+    for (const int ranks : {1, 2, 4}) {
+      for (int rank = 0; rank < ranks; ++rank) {
+        Slices read(table, rank, ranks);
+        const auto expected = read.memories;
+        for (auto& memory : read.memories) std::fill(memory.begin(), memory.end(), -1.0F);
+        for (const ShardedTensor& t : read.tensors) reader.read(t);
+        EXPECT_EQ(read.memories, expected) << tp << " " << ranks << " " << rank;
+      }
     }
   }
 }

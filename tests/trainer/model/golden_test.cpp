@@ -28,6 +28,7 @@ class Golden {
                .num_layers = fields.at("num_layers"),
                .num_decoder_layers = fields.at("num_decoder_layers"),
                .kv_groups = fields.at("kv_groups"),
+               .site_kv_groups = fields.value("site_kv_groups", std::vector<index_t>()),
                .encoder_kv_groups = fields.at("encoder_kv_groups")};
     z_loss_ = fields.at("z_loss");
   }
@@ -93,8 +94,7 @@ double relative_error(const std::vector<double>& values, const std::vector<doubl
 struct Model {
   Model(DeviceKind device, const Golden& golden, DType dtype, bool recompute = false)
       : backend(test::make_test_backend(device)),
-        mesh(Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0,
-                        {golden.config().kv_groups, golden.config().encoder_kv_groups})),
+        mesh(Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, golden.config().all_kv_groups())),
         batch(golden.batch()),
         runner(*backend, mesh, golden.config(),
                {.compute = dtype,
@@ -175,7 +175,7 @@ TEST_P(GoldenTest, LogitsAreThoseOfTransformers) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DeviceKind device : test::test_devices()) {
-    for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "zloss", "long"}) {
+    for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "uneven", "zloss", "long"}) {
       all.push_back({device, name, DType::kFloat32});
       all.push_back({device, name, DType::kFloat64, /*recompute=*/true});
     }

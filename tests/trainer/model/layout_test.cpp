@@ -31,6 +31,13 @@ ModelConfig config_of(index_t kv_groups, index_t encoder_kv_groups) {
           .dropout_rate = 0.1};
 }
 
+// G < tp at some attentions and G >= tp at others, whatever tp is.
+ModelConfig uneven_model() {
+  ModelConfig config = config_of(4, 8);
+  config.site_kv_groups = {8, 2, 1, 4};
+  return config;
+}
+
 // The samples [first, first + count) of the global batch of a step, of different lengths, padded with 0.
 Batch batch_of(index_t step, index_t first, index_t count) {
   Batch batch{.first_sample = first, .size = count, .inputs_length = kInputs, .targets_length = kTargets};
@@ -65,7 +72,7 @@ class Training {
   Training(DeviceKind device, const ProcessGroup& group, Layout layout, const ModelConfig& config,
            index_t micro_batch, bool recompute, bool adamw = false)
       : backend_(test::make_test_backend(device, 1)),
-        mesh_(group, layout, {config.kv_groups, config.encoder_kv_groups},
+        mesh_(group, layout, config.all_kv_groups(),
               [this](std::string name, const ProcessGroup& axis) {
                 return make_host_staged_communicator(std::move(name), axis, *backend_);
               }),
@@ -148,14 +155,14 @@ double relative_error(Training& run, Tensor on_device, const Slice& slice, Train
 struct LayoutCase {
   DeviceKind device;
   index_t kv_groups, encoder_kv_groups;
-  bool recompute, adamw;
+  bool recompute, adamw, uneven = false;
 };
 
 class LayoutTest : public testing::TestWithParam<LayoutCase> {};
 
 TEST_P(LayoutTest, EqualsOneRank) {
-  const auto [device, kv_groups, encoder_kv_groups, recompute, adamw] = GetParam();
-  const ModelConfig config = config_of(kv_groups, encoder_kv_groups);
+  const auto [device, kv_groups, encoder_kv_groups, recompute, adamw, uneven] = GetParam();
+  const ModelConfig config = uneven ? uneven_model() : config_of(kv_groups, encoder_kv_groups);
   const ProcessGroup world = ProcessGroup::world();
   Training reference(device, world.split(world.rank(), 0), Layout{}, config, kSamples, /*recompute=*/false,
                      adamw);
@@ -195,14 +202,15 @@ std::vector<LayoutCase> layout_cases() {
     }
     if (device == DeviceKind::kCpu) cases.push_back({device, 2, 1, false, false});
     cases.push_back({device, 1, 8, false, true});
+    cases.push_back({device, 4, 8, true, false, /*uneven=*/true});
   }
   return cases;
 }
 
 INSTANTIATE_TEST_SUITE_P(Groups, LayoutTest, testing::ValuesIn(layout_cases()), [](const auto& param) {
   const LayoutCase& c = param.param;
-  return fmt::format("{}_G{}_encoder{}{}{}", test::name_of(c.device), c.kv_groups, c.encoder_kv_groups,
-                     c.recompute ? "_recompute" : "", c.adamw ? "_adamw" : "");
+  return fmt::format("{}_G{}_encoder{}{}{}{}", test::name_of(c.device), c.kv_groups, c.encoder_kv_groups,
+                     c.recompute ? "_recompute" : "", c.adamw ? "_adamw" : "", c.uneven ? "_uneven" : "");
 });
 
 // Dropout really drops: the comparison above would pass without it.
