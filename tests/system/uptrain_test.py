@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Uptraining a multi-head parent into grouped queries, and evaluation, at several layouts."""
 
+import json
 import re
+import struct
 
 import harness
-from harness import DATA, MODEL, SystemTest, step_directory
+from harness import DATA, MODEL, SystemTest, changed, step_directory
 
 PARENT_STEPS = 60
 ALPHA = 0.2
@@ -159,6 +161,55 @@ class UptrainTest(SystemTest):
         for file in ("model.safetensors", "optimizer.safetensors"):
             self.assertEqual(harness.digest(step_directory(run, STEPS) / file),
                              harness.digest(step_directory(whole, STEPS) / file))
+
+    def uneven_parent(self):
+        """A bare model: the parent with all key/value heads of decoder self-attention, the first of cross-attention."""
+        model, step = self.folder / "uneven", step_directory(self.parent, PARENT_STEPS)
+        model.mkdir()
+        config = json.loads((step / "config.json").read_text())
+        config |= {"num_key_value_heads": 2, "decoder_num_key_value_heads": {"self": [HEADS], "cross": [1]}}
+        (model / "config.json").write_text(json.dumps(config))
+        header, data = {}, b""
+        for name, (shape, content) in harness.read_tensors(step / "model.safetensors").items():
+            if re.search(r"EncDecAttention\.[kv]\.weight", name):
+                shape, content = [D_KV, shape[1]], content[:len(content) // HEADS]
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+            data += content
+        text = json.dumps(header).encode()
+        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+        return model
+
+    def test_an_uneven_model_trains_resumes_and_is_measured_at_every_layout(self):
+        model = self.uneven_parent()
+        arguments = ["--uptrain", "--corpus", self.corpus, "--init-from", model, *TRAINING, "--kv-groups", 2, "--alpha",
+                     ALPHA, "--parent-steps", PARENT_STEPS, "--save-every", 4]
+        one, whole, run = (self.folder / name for name in ("one", "whole", "run"))
+        self.train([*arguments, "--run", one], ranks=1)
+        tp2 = [*arguments, "--tensor-parallel", 2, "--run"]
+        self.train([*tp2, whole])
+        self.assert_same_losses(harness.losses(whole), harness.losses(one), 1e-5)
+        with harness.Job([*tp2, run]) as job:
+            self.assertTrue(job.wait_for(lambda: harness.saved_steps(run)))
+            for rank in job.rank_pids()[1:]:
+                job.kill(rank, 9)
+            job.finish()
+        self.train([*tp2, run])
+        for file in ("model.safetensors", "optimizer.safetensors", "config.json"):
+            self.assertEqual(harness.digest(step_directory(run, STEPS) / file),
+                             harness.digest(step_directory(whole, STEPS) / file), file)
+        config = json.loads((step_directory(run, STEPS) / "config.json").read_text())
+        self.assertEqual(config["decoder_num_key_value_heads"], {"self": [HEADS], "cross": [1]})
+        expected = harness.evaluations(run)[STEPS, "held-out"]
+        for layout in LAYOUTS:
+            self.assert_relative(self.evaluate(run, layout)[0], expected, 1e-5, layout)
+        report = self.train(["--report", "--runs", run], ranks=1).stdout
+        self.assertIn("| run | GQA-2 uneven |", report)
+        self.assertIn(f"| {2 * HEADS * D_KV * 2} |", report)
+        resumed = harness.run(changed([*tp2, run], "--kv-groups", 1))
+        self.assert_refused(resumed, "made by another run: .*num_key_value_heads was 2, now 1")
+        more = harness.run(changed([*tp2, self.folder / "more"], "--kv-groups", 4))
+        self.assert_refused(more, "kv_groups of decoder layer 0 cross-attention = 4 is impossible from a checkpoint "
+                                  "that has 1 key/value groups; use one of 1")
 
     def test_report(self):
         run = self.folder / "gqa"
