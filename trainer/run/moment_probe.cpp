@@ -31,7 +31,7 @@ void symmetrise(std::vector<double>& matrix, index_t width) {
 
 MomentProbe::Tokens MomentProbe::tokens_of(Backend& backend, index_t most) {
   Tokens tokens;
-  tokens.real_memory = backend.allocate(most * size_of(DType::kInt32));
+  tokens.rows_memory = backend.allocate(most * size_of(DType::kInt32));
   tokens.padding_memory = backend.allocate(most * size_of(DType::kInt32));
   return tokens;
 }
@@ -99,13 +99,14 @@ void MomentProbe::mark(Tokens& tokens, const std::vector<std::int32_t>& ids) {
   host_rows_.clear();
   host_padding_.clear();
   for (std::size_t row = 0; row < ids.size(); ++row) {
-    if (ids[row] != 0) host_rows_.push_back(static_cast<std::int32_t>(row));
-    host_padding_.push_back(ids[row] != 0 ? 0 : 1);
+    const bool real = ids[row] != 0;
+    host_rows_.push_back(real ? static_cast<std::int32_t>(row) : -1);
+    host_padding_.push_back(real ? 0 : 1);
+    if (real) tokens.seen += 1;
   }
-  tokens.seen += static_cast<double>(host_rows_.size());
-  tokens.real = tokens.real_memory.tensor(DType::kInt32, {static_cast<index_t>(host_rows_.size())});
+  tokens.rows = tokens.rows_memory.tensor(DType::kInt32, {static_cast<index_t>(ids.size())});
   tokens.padding = tokens.padding_memory.tensor(DType::kInt32, {static_cast<index_t>(ids.size())});
-  if (!host_rows_.empty()) backend_.copy_from_host(host_rows_.data(), tokens.real);
+  backend_.copy_from_host(host_rows_.data(), tokens.rows);
   backend_.copy_from_host(host_padding_.data(), tokens.padding);
 }
 
@@ -115,7 +116,6 @@ void MomentProbe::observe(Step& /*step*/, const View& view) {
   const AttentionKind kind = all_sites_[static_cast<std::size_t>(view.site)].kind;
   const Tokens& queries = kind == AttentionKind::kEncoderSelf ? inputs_ : targets_;
   const Tokens& keys = kind == AttentionKind::kDecoderSelf ? targets_ : inputs_;
-  if (queries.real[0] == 0 || keys.real[0] == 0) return;
   const Sums& sums = sums_[static_cast<std::size_t>(place - sites_.begin())];
   const Tensor x = real_rows(view.query_input, queries);
   add(my_columns(x), x, sums.query);
@@ -125,10 +125,10 @@ void MomentProbe::observe(Step& /*step*/, const View& view) {
   add_attended(view, queries, sums.attended);
 }
 
-// The rows of x that are no padding, one after the other.
+// x with zeros for padding: the same shapes for every batch, which devices choose their ways of working by.
 Tensor MomentProbe::real_rows(Tensor x, const Tokens& tokens) {
-  const Tensor rows = rows_.tensor(compute_, {tokens.real[0], width_});
-  backend_.embedding(tokens.real, x, 0, rows);
+  const Tensor rows = rows_.tensor(compute_, {x[0], width_});
+  backend_.embedding(tokens.rows, x, 0, rows);
   return rows;
 }
 

@@ -33,8 +33,8 @@ class MomentProbe final : public AttentionProbe {
  private:
   // The tokens of one side of a batch.
   struct Tokens {
-    Buffer real_memory, padding_memory;
-    Tensor real;      // int32 [real tokens]: their rows
+    Buffer rows_memory, padding_memory;
+    Tensor rows;      // int32 [tokens]: its row for a real one, -1 for padding
     Tensor padding;   // int32 [tokens]: 0 for a real one, 1 for padding
     double seen = 0;  // real tokens of all batches
   };
