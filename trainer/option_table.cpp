@@ -160,7 +160,10 @@ std::vector<po::options_description> describe_options(Options& o) {
       "more")("calibration-batches", bound(o.calibration_batches),
               "batches of the corpus that show the attentions' inputs to --pooling calibrated")(
       "calibration-memory", bound(o.calibration_memory),
-      "MiB of a rank for what they show, in several passes where needed; 0: one pass");
+      "MiB of a rank for what they show, in several passes where needed; 0: one pass")(
+      "until-recovered", bound(o.until_recovered),
+      "end before alpha, at the first evaluation with this share of what the conversion cost won back, such "
+      "as 0.99; 0: never");
   group("Checkpoints and evaluation")("save-every", bound(o.save_every), "steps")(
       "background-save", flag(o.background_save), "write checkpoints while training goes on")(
       "save-memory", bound(o.save_memory),

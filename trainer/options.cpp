@@ -35,8 +35,9 @@ bool is_idle(const std::string& name, Mode mode) {
                                              "runs",
                                              "checkpoint"};
   static const std::set<std::string> pretraining = {
-      "init-from", "alpha",     "parent-steps",        "pooling",
-      "grouping",  "kv-budget", "calibration-batches", "calibration-memory"};
+      "init-from",      "alpha",     "parent-steps",        "pooling",
+      "grouping",       "kv-budget", "calibration-batches", "calibration-memory",
+      "until-recovered"};
   static const std::set<std::string> uptraining = {"model", "steps"};
   return text.contains(name) || (mode == Mode::kPretrain && pretraining.contains(name)) ||
          (mode == Mode::kUptrain && uptraining.contains(name));
@@ -141,6 +142,27 @@ void require_one_of(const char* option, const std::string& value, const std::vec
   }
 }
 
+void validate_until_recovered(const Options& o) {
+  if (!(o.until_recovered >= 0 && o.until_recovered <= 1)) {
+    throw UserError(
+        "until-recovered = {}; it is a share of what the conversion cost, above 0 and at most 1, such as "
+        "0.99 (0: train for all of alpha)",
+        o.until_recovered);
+  }
+  if (o.until_recovered == 0) return;
+  if (o.mode != Mode::kUptrain) {
+    throw UserError(
+        "until-recovered = {} is for --uptrain only; in a configuration file it belongs under [uptrain]",
+        o.until_recovered);
+  }
+  if (o.evaluate_every == 0) {
+    throw UserError(
+        "until-recovered = {} is looked at in held-out evaluations, and evaluate-every = 0 has none on the "
+        "way; give --evaluate-every, such as 100",
+        o.until_recovered);
+  }
+}
+
 void validate(const Options& o) {
   require_one_of("device", o.device, {"cpu", "cuda"});
   require_one_of("collectives", o.collectives, {"auto", "nccl", "host"});
@@ -185,6 +207,7 @@ void validate(const Options& o) {
   require_at_least("shard-tokens", o.shard_tokens, 1);
   if (!(o.alpha > 0 && o.alpha <= 100))
     throw UserError("alpha = {}; it is a share of the parent's steps, such as 0.05", o.alpha);
+  validate_until_recovered(o);
   switch (o.mode) {
     case Mode::kTrainTokenizer:
       require(!o.inputs.empty(), "train-tokenizer", "input", "the text to learn from");

@@ -317,6 +317,19 @@ def evaluations(run_folder):
     return {(line["step"], line["name"]): line["loss"] for line in metrics(run_folder, "evaluation")}
 
 
+def recovered(run_folder):
+    """{step: share of the conversion's gap} of an uptraining's held-out evaluations."""
+    parsed = [json.loads(line) for line in (Path(run_folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["scores"]["recovered"] for line in parsed
+            if line["kind"] == "evaluation" and "scores" in line}
+
+
+def events(run_folder, name):
+    """The steps at which an event of this name is noted."""
+    parsed = [json.loads(line) for line in (Path(run_folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in parsed if line["kind"] == "event" and line["name"] == name]
+
+
 def is_report(message):
     """Whether a line of the program is one of those that a run prints before anything can go wrong with it."""
     return re.match(r"configuration:|  \S+ = |[\d,]+ parameters; |matmul peak|held-out loss|resuming |step \d+: (?:saved|held-out) |"

@@ -162,12 +162,28 @@ TEST_F(OptionsTest, MalformedValuesNameTheOption) {
                                                         {"micro-batch", "-1"},
                                                         {"alpha", "0"},
                                                         {"alpha", "nan"},
+                                                        {"until-recovered", "most"},
+                                                        {"until-recovered", "-0.1"},
+                                                        {"until-recovered", "1.01"},
+                                                        {"until-recovered", "nan"},
                                                         {"document", "page"}}) {
     const std::string message = complaint_about({"--pretrain", "--" + option + "=" + value});
     EXPECT_TRUE(contains(message, option)) << option << " = " << value << ": " << message;
   }
   const std::string near = complaint_about({"--pretrain", "--optimizer", "adafactr"});
   EXPECT_TRUE(contains(near, "adafactor")) << near;
+}
+
+TEST_F(OptionsTest, UntilRecoveredIsForUptrainingsThatEvaluate) {
+  make_quickstart_folders();
+  EXPECT_EQ(parse_options({"--uptrain"}).until_recovered, 0);
+  EXPECT_EQ(parse_options({"--uptrain", "--until-recovered", "0"}).until_recovered, 0);
+  EXPECT_EQ(parse_options({"--uptrain", "--until-recovered", "1"}).until_recovered, 1);
+  EXPECT_TRUE(contains(complaint_about({"--pretrain", "--until-recovered", "0.99"}), "[uptrain]"));
+  EXPECT_TRUE(contains(complaint_about({"--uptrain", "--until-recovered", "0.99", "--evaluate-every", "0"}),
+                       "--evaluate-every"));
+  EXPECT_EQ(parse_options({"--uptrain", "--evaluate-every", "0"}).evaluate_every, 0);
+  EXPECT_EQ(resolved(parse_options({"--pretrain"}), "until-recovered"), "absent");
 }
 
 TEST_F(OptionsTest, SwitchesTakeAValueOrNone) {

@@ -7,6 +7,7 @@
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/metrics.h"
 #include "trainer/run/progress.h"
+#include "trainer/run/recovery.h"
 
 namespace regroup {
 namespace {
@@ -15,7 +16,7 @@ struct Row {
   std::string name, kind;
   ModelConfig config;
   index_t steps = 0;
-  double before = NAN, after = NAN, parent = NAN, tokens_per_second = NAN;
+  double before = NAN, after = NAN, parent = NAN, recovered = NAN, tokens_per_second = NAN;
 };
 
 std::string kind_of(const ModelConfig& config) {
@@ -42,6 +43,7 @@ Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
     if (evaluation.name == "held-out") row.after = evaluation.loss;
     if (evaluation.name == "unigram") row.before = evaluation.loss;
   }
+  row.recovered = recovered_share({.parent = row.parent, .converted = state.converted_loss}, row.after);
   double seconds = 0, tokens = 0;
   for (const StepMetrics& step : history.steps) {
     seconds += step.seconds_per_step;
@@ -73,20 +75,22 @@ int report_command(const Options& options, const ProcessGroup& world, const Log&
   }
   if (world.rank() != 0) return 0;
   fmt::print(
-      "| run | attention | parameters | steps | held-out loss before | after | after - parent | KV "
+      "| run | attention | parameters | steps | held-out loss before | after | after - parent | recovered | "
+      "KV "
       "bytes/token | "
-      "tokens/s |\n|---|---|---|---|---|---|---|---|---|\n");
+      "tokens/s |\n|---|---|---|---|---|---|---|---|---|---|\n");
   for (const Row& row : rows) {
     const std::string gap = std::isfinite(row.parent) ? fmt::format("{:+.4f}", row.after - row.parent) : "-";
     fmt::print(
-        "| {} | {} | {} | {} | {} | {} | {} | {} | {} |\n", row.name, row.kind,
+        "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n", row.name, row.kind,
         format_count(parameter_count(row.config)), row.steps, loss(row.before), loss(row.after), gap,
+        std::isfinite(row.recovered) ? fmt::format("{:.1f} %", 100 * row.recovered) : "-",
         format_count(cache_bytes(row.config)),
         std::isfinite(row.tokens_per_second) ? format_count(std::llround(row.tokens_per_second)) : "-");
   }
   fmt::print(
       "\nBefore: of the parent run, what token frequencies alone give; of the others, the conversion without "
-      "uptraining.\n");
+      "uptraining. Recovered: the share of what the conversion cost that uptraining has won back.\n");
   return 0;
 }
 

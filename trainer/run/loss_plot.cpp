@@ -262,7 +262,7 @@ void Drawing::reference(const PlotReference& reference, std::size_t index) {
       kLeft, to_y(reference.y), kRight, kGrey, kDashes[index % kDashes.size()]);
 }
 
-// At the top right, where a falling loss leaves room.
+// On the right, where a falling loss leaves room at the top and what rises at the bottom.
 void Drawing::legend(const LossPlot& plot) {
   const auto label = [](const PlotReference& r) { return fmt::format("{} {:.3f}", r.name, r.y); };
   std::size_t characters = 0;
@@ -276,10 +276,11 @@ void Drawing::legend(const LossPlot& plot) {
   if (rows == 0) return;
   const double width = 56 + kLegendCharacter * static_cast<double>(characters);
   const double x = kRight - width - 10;
-  double y = kTop + 10;
+  const double height = kLegendRow * static_cast<double>(rows) + 9;
+  double y = plot.rising ? kBottom - height - 10 : kTop + 10;
   put("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"{:.1f}\" rx=\"4\" fill=\"#ffffff\" "
       "fill-opacity=\"0.88\" stroke=\"#cccccc\"/>\n",
-      x, y, width, kLegendRow * static_cast<double>(rows) + 9);
+      x, y, width, height);
   y += 15;
   for (std::size_t i = 0; i < plot.series.size(); ++i, y += kLegendRow) {
     put("<path d=\"M{:.1f} {:.1f}h26\" stroke=\"{}\" stroke-width=\"2\"/>\n", x + 10, y,

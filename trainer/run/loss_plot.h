@@ -37,6 +37,7 @@ struct LossPlot {
   std::string y_label = "loss (nats per token)";
   std::vector<PlotSeries> series = {};
   std::vector<PlotReference> references = {};  // the legend gives their values
+  bool rising = false;                         // the legend is at the bottom, out of a rising line's way
 };
 
 // Each y replaced by the mean of all, weighted with 2^(-distance in x / half_life): both sides count, so the

@@ -1,8 +1,10 @@
 #include "trainer/run/run_reporter.h"
 
+#include <cmath>
 #include <unistd.h>
 
 #include "trainer/run/loss_plot.h"
+#include "trainer/run/recovery.h"
 
 namespace regroup {
 
@@ -25,12 +27,16 @@ void RunReporter::step(const StepMetrics& metrics) {
 void RunReporter::evaluation(const EvaluationMetrics& metrics) {
   metrics_.write(metrics);
   tensorboard_.scalar("evaluation/" + metrics.name, metrics.step, metrics.loss);
+  for (const auto& [name, value] : metrics.scores) {
+    tensorboard_.scalar("evaluation/" + name, metrics.step, value);
+  }
 }
 
 void RunReporter::event(const EventMetrics& metrics) { metrics_.write(metrics); }
 
-void plot_run(const std::filesystem::path& run) {
-  const MetricsHistory history = read_metrics(run / "metrics.jsonl");
+namespace {
+
+void plot_losses(const std::filesystem::path& run, const MetricsHistory& history) {
   LossPlot plot{.title = run.filename().string()};
   PlotSeries training{.name = "training", .style = PlotStyle::kSmoothed};
   PlotSeries heldout{.name = "held-out", .style = PlotStyle::kMarkers};
@@ -46,6 +52,34 @@ void plot_run(const std::filesystem::path& run) {
   }
   plot.series = {training, heldout};
   write_loss_plot(run / "loss.svg", plot);
+}
+
+// From the losses, not from what the lines say of it: older runs did not write it.
+void plot_recovery(const std::filesystem::path& run, const MetricsHistory& history, double until_recovered) {
+  ConversionGap gap;
+  PlotSeries recovered{.name = "recovered", .style = PlotStyle::kMarkers};
+  for (const EvaluationMetrics& evaluation : history.evaluations) {
+    if (evaluation.name == "parent") gap.parent = evaluation.loss;
+    if (evaluation.name == "converted") gap.converted = evaluation.loss;
+    if (evaluation.name != "held-out" && evaluation.name != "converted") continue;
+    recovered.points.push_back({static_cast<double>(evaluation.step), recovered_share(gap, evaluation.loss)});
+  }
+  if (!std::isfinite(gap.nats())) return;  // no uptraining
+  LossPlot plot{.title = run.filename().string(),
+                .y_label = "share of the gap to the parent",
+                .series = {recovered},
+                .references = {{"parent", 1}},
+                .rising = true};
+  if (until_recovered > 0) plot.references.push_back({"target", until_recovered});
+  write_loss_plot(run / "recovery.svg", plot);
+}
+
+}  // namespace
+
+void plot_run(const std::filesystem::path& run, double until_recovered) {
+  const MetricsHistory history = read_metrics(run / "metrics.jsonl");
+  plot_losses(run, history);
+  plot_recovery(run, history, until_recovered);
 }
 
 }  // namespace regroup

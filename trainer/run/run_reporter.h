@@ -13,7 +13,7 @@ namespace regroup {
 
 class RunReporter {
  public:
-  // Into `run`/metrics.jsonl, `run`/tensorboard/, `run`/loss.svg. `resume_step`: of the checkpoint being
+  // Into `run`/metrics.jsonl and `run`/tensorboard/. `resume_step`: of the checkpoint being
   // continued.
   RunReporter(const std::filesystem::path& run, std::optional<std::int64_t> resume_step,
               std::int64_t progress_every);
@@ -30,7 +30,8 @@ class RunReporter {
   Progress progress_;
 };
 
-// Draws `run`/loss.svg from everything in its metrics.jsonl.
-void plot_run(const std::filesystem::path& run);
+// Draws `run`/loss.svg from everything in its metrics.jsonl and, of an uptraining, `run`/recovery.svg: the
+// share of the conversion's gap that was recovered, with a line at `until_recovered` (0: none).
+void plot_run(const std::filesystem::path& run, double until_recovered);
 
 }  // namespace regroup

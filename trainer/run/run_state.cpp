@@ -26,6 +26,8 @@ nlohmann::json to_json(const RunState& state) {
           {"parent", state.parent},
           {"parent_loss", number_or_null(state.parent_loss)},
           {"converted_loss", number_or_null(state.converted_loss)},
+          {"recovered", number_or_null(state.recovered)},
+          {"recovered_step", state.recovered_step},
           {"divergence", to_json(state.divergence)},
           {"conversion", state.conversion},
           {"identity", state.identity}};
@@ -43,6 +45,10 @@ RunState run_state_from_json(const nlohmann::json& json, const std::string& wher
     state.parent = json.at("parent").get<std::string>();
     state.parent_loss = number("parent_loss");
     state.converted_loss = number("converted_loss");
+    if (json.contains("recovered")) {
+      state.recovered = number("recovered");
+      state.recovered_step = json.at("recovered_step").get<index_t>();
+    }
     if (json.contains("divergence")) state.divergence = divergence_from_json(json.at("divergence"));
     state.conversion = json.value("conversion", nlohmann::json());
     state.identity = json.at("identity");

@@ -20,6 +20,11 @@ struct RunState {
   double parent_loss = std::numeric_limits<double>::quiet_NaN();
   double converted_loss = std::numeric_limits<double>::quiet_NaN();
   std::string parent;
+  // Of its last held-out evaluation: the share of the conversion's gap that was recovered (recovery.h; NaN:
+  // there was none yet), and its step. --until-recovered ends a run by what its checkpoint says here, so a
+  // resumed run decides as the undisturbed one.
+  double recovered = std::numeric_limits<double>::quiet_NaN();
+  index_t recovered_step = 0;
   nlohmann::json conversion;  // ConversionProvenance of a converted model, else null
   Divergence divergence;      // what judges the next step
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not

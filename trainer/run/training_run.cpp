@@ -26,12 +26,48 @@ LossSums TrainingRun::held_out(ModelRunner& runner) {
 
 void TrainingRun::evaluate() {
   const LossSums sums = held_out(*runner_);
-  const auto targets = static_cast<std::int64_t>(sums.targets);
+  EvaluationMetrics metrics{.step = state_.step,
+                            .name = "held-out",
+                            .loss = sums.mean(),
+                            .tokens = static_cast<std::int64_t>(sums.targets)};
+  std::string recovery;
+  if (uptraining()) {
+    // Rank 0's: all ranks must come to the same decision, and sums over ranks may differ in their last bit.
+    std::array<double, 1> share = {world_.rank() == 0 ? recovered_share(gap(), sums.mean()) : 0};
+    world_.all_reduce(share, ReduceOp::kSum);
+    state_.recovered = share[0];
+    state_.recovered_step = state_.step;
+    if (std::isfinite(state_.recovered)) {
+      metrics.scores["recovered"] = state_.recovered;
+      recovery = ", " + describe_recovered(gap(), state_.recovered);
+    }
+  }
   if (reporter_) {
     reporter_->end_line();
-    reporter_->evaluation({.step = state_.step, .name = "held-out", .loss = sums.mean(), .tokens = targets});
+    reporter_->evaluation(metrics);
   }
-  log_.info("step {}: held-out loss {:.4f} over {} targets", state_.step, sums.mean(), format_count(targets));
+  log_.info("step {}: held-out loss {:.4f} over {} targets{}", state_.step, sums.mean(),
+            format_count(metrics.tokens), recovery);
+  if (recovered()) note_recovered();
+}
+
+// Before the step is saved, as all that metrics.jsonl says of a step.
+void TrainingRun::note_recovered() {
+  const auto share_of_parent = [this](index_t step) {
+    const auto parent_steps = static_cast<double>(std::max<index_t>(1, state_.first_step));
+    return static_cast<double>(step - state_.first_step) / parent_steps;
+  };
+  const std::string what = fmt::format(
+      "{}, {:g} of it was asked for: ends after {} steps, alpha {:.4g} of at most {:.4g}",
+      describe_recovered(gap(), state_.recovered), options_.until_recovered, state_.step - state_.first_step,
+      share_of_parent(state_.step), share_of_parent(total_steps_));
+  note("recovered", what);
+  log_.info("step {}: {}", state_.step, what);
+}
+
+// False where no share is asked for, and before the first evaluation (NaN).
+bool TrainingRun::recovered() const {
+  return options_.until_recovered > 0 && state_.recovered >= options_.until_recovered;
 }
 
 // What this rank's device chose by measuring: a run that goes on with the same choices gives the same bits.
@@ -238,13 +274,29 @@ int TrainingRun::stop() {
   return kStopped;
 }
 
+// Whether the checkpoint is that of a run that has ended, saying why.
+bool TrainingRun::complete() {
+  if (!resuming()) return false;
+  if (state_.step >= total_steps_) {
+    log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);
+    return true;
+  }
+  if (!recovered()) return false;
+  log_.info(
+      "{} is complete: step {} had {}. To train on, ask for a larger --until-recovered than {:g}, or leave "
+      "it "
+      "out",
+      options_.run.string(), state_.recovered_step, describe_recovered(gap(), state_.recovered),
+      options_.until_recovered);
+  return true;
+}
+
 int TrainingRun::run() {
-  const auto draw = [&] { world_.run_on(0, [&] { plot_run(options_.run); }); };
+  const auto draw = [&] { world_.run_on(0, [&] { plot_run(options_.run, options_.until_recovered); }); };
   directory_.take();
   if (directory_.newest() != resumed_step_) choose_start();  // another job had the run until now
   watchdog_.use_board(world_, options_.run);
-  if (resuming() && state_.step >= total_steps_) {
-    log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);
+  if (complete()) {
     draw();
     return 0;
   }
@@ -259,7 +311,7 @@ int TrainingRun::run() {
     return kNoProgress;
   }
   start();
-  while (state_.step < total_steps_) {
+  while (state_.step < total_steps_ && !recovered()) {
     const index_t before = state_.step;
     train_step();
     if (stop_requested_) return stop();
@@ -267,7 +319,7 @@ int TrainingRun::run() {
     const bool last = state_.step == total_steps_;
     const bool evaluates = options_.evaluate_every > 0 && state_.step % options_.evaluate_every == 0;
     if (last || evaluates) evaluate();
-    if (last || state_.step % options_.save_every == 0) save();
+    if (last || recovered() || state_.step % options_.save_every == 0) save();
   }
   saver_->finish();
   draw();

@@ -13,6 +13,7 @@
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/model_runner.h"
 #include "trainer/run/parent_conversion.h"
+#include "trainer/run/recovery.h"
 #include "trainer/run/run_directory.h"
 #include "trainer/run/run_reporter.h"
 #include "trainer/run/run_saver.h"
@@ -28,7 +29,8 @@ class TrainingRun {
   // UserErrors are the same on every rank.
   TrainingRun(const Options& options, const ProcessGroup& world, const Log& log);
 
-  // kDone: the last step is done and saved. kStopped: SIGTERM, SIGUSR1, SIGINT or the stop file came, and
+  // kDone: the last step is done and saved, or the share of the conversion's gap that --until-recovered asks
+  // for is recovered and that step saved. kStopped: SIGTERM, SIGUSR1, SIGINT or the stop file came, and
   // everything is saved. kNoProgress: --restart-budget starts came to nothing.
   int run();
 
@@ -57,9 +59,13 @@ class TrainingRun {
   void take_up_tuning();
   void keep_tuning();
   LossSums held_out(ModelRunner& runner);
+  ConversionGap gap() const { return {.parent = state_.parent_loss, .converted = state_.converted_loss}; }
   void evaluate();
+  void note_recovered();
+  bool recovered() const;
   void save();
   void saved(const SavedStep& step);
+  bool complete();
   int stop();
   void note(const std::string& event, const std::string& detail);
 
