@@ -238,7 +238,10 @@ std::vector<index_t> group_choices(const AttentionSite& parent) {
 ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader& reader,
                                const ModelConfig& parent, const ModelConfig& target,
                                const ConversionOptions& options, const Calibration& calibration) {
-  world.run_together([&] { validate_conversion(parent, target); });
+  world.run_together([&] {
+    validate_conversion(parent, target);
+    reader.require(parameter_table(parent));
+  });
   check(options.pooling != Pooling::kCalibrated || calibration.measure,
         "calibrated conversion without calibration");
   ConversionPlan plan{.options = options, .target = target, .sites = {}};

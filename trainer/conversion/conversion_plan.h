@@ -81,7 +81,7 @@ std::vector<index_t> group_choices(const AttentionSite& parent);
 // they share one table of position biases, whose columns follow. kRandom keeps the order, having nothing to
 // compare. An uneven budget is shared out over the decoder's attentions so that the sum of score_error
 // (without calibration: score_loss) and output_loss is least. Collective; UserError naming the tensor where
-// weights are not finite, and as validate_conversion().
+// weights are not finite, and as validate_conversion() and CheckpointReader::require().
 ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader& reader,
                                const ModelConfig& parent, const ModelConfig& target,
                                const ConversionOptions& options, const Calibration& calibration = {});

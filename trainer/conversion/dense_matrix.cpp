@@ -79,12 +79,14 @@ Matrix stack(std::span<const Matrix> blocks) {
   return result;
 }
 
-Matrix cholesky(const Matrix& a) {
+std::optional<Matrix> cholesky(const Matrix& a) {
   check(a.rows == a.columns, "the Cholesky factor of [{}, {}]", a.rows, a.columns);
   Matrix result = a;
   // The lower half in row-major order is the upper one in column-major.
-  require_done(LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'U', order(a.rows), result.values.data(), order(a.rows)),
-               "dpotrf");
+  const lapack_int info =
+      LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'U', order(a.rows), result.values.data(), order(a.rows));
+  if (info > 0) return std::nullopt;
+  require_done(info, "dpotrf");
   for (index_t i = 0; i < a.rows; ++i) std::fill(result.row(i) + i + 1, result.row(i) + a.columns, 0.0);
   return result;
 }

@@ -1,6 +1,7 @@
 // Float64 matrices and their factorizations, by BLAS and LAPACK.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -40,9 +41,9 @@ Matrix product(const Matrix& a, const Matrix& b, Transpose a_is = Transpose::kNo
 // The matrices one below the other; all of one width.
 Matrix stack(std::span<const Matrix> blocks);
 
-// Lower triangular L with L L^T = a, which is symmetric (its lower half counts). InternalError where it is
-// not positive definite.
-Matrix cholesky(const Matrix& a);
+// Lower triangular L with L L^T = a, which is symmetric (its lower half counts). Nothing where it is not
+// positive definite.
+std::optional<Matrix> cholesky(const Matrix& a);
 // Upper triangular R [columns, columns] with R^T R = a^T a, of any a, by QR.
 Matrix triangular_factor(const Matrix& a);
 
@@ -58,7 +59,7 @@ SingularValues singular_values(const Matrix& a);
 // The eigenvalues of a symmetric matrix (its lower half counts), ascending.
 std::vector<double> eigenvalues(const Matrix& a);
 
-// x with a x = b, for a symmetric positive definite `a`. InternalError as cholesky().
+// x with a x = b, for a symmetric positive definite `a`. InternalError where it is none.
 Matrix solve(const Matrix& a, const Matrix& b);
 
 }  // namespace regroup

@@ -24,9 +24,9 @@ SharedHead shared_head(const HeadProducts& heads, Pooling pooling) {
       return mean_head(heads.heads(), heads.d_kv());
     case Pooling::kFirst:
       return first_head(heads.heads(), heads.d_kv());
-    case Pooling::kRandom: {  // nothing of a fresh head is the parent's
+    case Pooling::kRandom: {  // nothing of a fresh head is the parent's; one head stays
       SharedHead none = mean_head(heads.heads(), heads.d_kv());
-      std::fill(none.combine.values.begin(), none.combine.values.end(), 0.0);
+      if (heads.heads() > 1) std::fill(none.combine.values.begin(), none.combine.values.end(), 0.0);
       return none;
     }
     case Pooling::kSpectral:
@@ -36,18 +36,38 @@ SharedHead shared_head(const HeadProducts& heads, Pooling pooling) {
   throw InternalError("unknown pooling {}", static_cast<int>(pooling));
 }
 
-GroupResult plan_group(const SiteFactors& factors, std::span<const index_t> heads, Pooling pooling) {
-  GroupResult result;
-  const HeadFactors scores = factors.scores(heads);
-  const HeadFactors outputs = factors.outputs(heads);
-  result.keys = shared_head(scores.products, pooling);
-  result.values = shared_head(outputs.products, pooling);
-  result.sums = {merging_loss(scores.products, result.keys), merging_energy(scores.products),
-                 merging_loss(outputs.products, result.values), merging_energy(outputs.products)};
-  if (merges_products(pooling)) {
-    balance(scores, result.keys);
-    balance(outputs, result.values);
+// One attention's heads in the measure in which losses are told, and in the one that the shared heads are
+// made for: of kSpectral, which knows of no moments, another.
+class Measures {
+ public:
+  Measures(const CheckpointReader& reader, const ModelConfig& parent, const AttentionSite& site,
+           const SecondMoments* moments, Pooling pooling)
+      : told_(reader, parent, site, moments), pooling_(pooling) {
+    if (pooling == Pooling::kSpectral && moments != nullptr) plain_.emplace(reader, parent, site, nullptr);
   }
+  const SiteFactors& told() const { return told_; }
+  const SiteFactors& minimised() const { return plain_ ? *plain_ : told_; }
+  Pooling pooling() const { return pooling_; }
+
+ private:
+  SiteFactors told_;
+  std::optional<SiteFactors> plain_;
+  Pooling pooling_;
+};
+
+GroupResult plan_group(const Measures& measures, std::span<const index_t> heads) {
+  GroupResult result;
+  const auto merge = [&](HeadFactors (SiteFactors::*factors)(std::span<const index_t>) const, double* sums) {
+    const HeadFactors minimised = (measures.minimised().*factors)(heads);
+    SharedHead shared = shared_head(minimised.products, measures.pooling());
+    const HeadProducts told = (measures.told().*factors)(heads).products;
+    sums[0] = merging_loss(told, shared);
+    sums[1] = merging_energy(told);
+    if (merges_products(measures.pooling())) balance(minimised, shared);
+    return shared;
+  };
+  result.keys = merge(&SiteFactors::scores, result.sums.data());
+  result.values = merge(&SiteFactors::outputs, result.sums.data() + 2);
   return result;
 }
 
@@ -73,16 +93,17 @@ SharedHead take_head(const std::string& bytes, std::size_t& at, index_t heads, i
 }
 
 // The loss of each pair that is this rank's turn, as a share of all heads', added to `losses`.
-void add_pair_losses(const HeadProducts& heads, Pooling pooling, const ProcessGroup& world, Matrix& losses) {
-  const double whole = merging_energy(heads);
+void add_pair_losses(const HeadProducts& minimised, const HeadProducts& told, Pooling pooling,
+                     const ProcessGroup& world, Matrix& losses) {
+  const double whole = merging_energy(told);
   if (whole == 0) return;
   index_t turn = 0;
-  for (index_t i = 0; i < heads.heads(); ++i) {
-    for (index_t j = i + 1; j < heads.heads(); ++j) {
+  for (index_t i = 0; i < told.heads(); ++i) {
+    for (index_t j = i + 1; j < told.heads(); ++j) {
       if (turn++ % world.size() != world.rank()) continue;
       world.heartbeat().beat("comparing heads");
-      const HeadProducts pair = heads.of(std::array{i, j});
-      losses(i, j) += merging_loss(pair, shared_head(pair, pooling)) / whole;
+      const std::array pair = {i, j};
+      losses(i, j) += merging_loss(told.of(pair), shared_head(minimised.of(pair), pooling)) / whole;
       losses(j, i) = losses(i, j);
     }
   }
@@ -99,16 +120,17 @@ void GroupPlanner::plan(std::span<SiteConversion> sites, std::span<const SecondM
   world_.run_together([&] {
     index_t turn = 0;
     for (std::size_t s = 0; s < sites.size(); ++s) {
-      std::optional<SiteFactors> factors;
+      std::optional<Measures> measures;
       const auto n = static_cast<std::size_t>(sites[s].heads_per_group());
       for (index_t g = 0; g < sites[s].target.kv_groups; ++g) {
         if (turn++ % world_.size() != world_.rank()) continue;
         world_.heartbeat().beat("merging heads");
-        if (!factors) {
-          factors.emplace(reader_, parent_, sites[s].parent, moments.empty() ? nullptr : &moments[s]);
+        if (!measures) {
+          measures.emplace(reader_, parent_, sites[s].parent, moments.empty() ? nullptr : &moments[s],
+                           options_.pooling);
         }
         const auto heads = std::span(sites[s].order).subspan(static_cast<std::size_t>(g) * n, n);
-        const GroupResult result = plan_group(*factors, heads, options_.pooling);
+        const GroupResult result = plan_group(*measures, heads);
         append(mine, result.sums);
         if (!merges_products(options_.pooling)) continue;
         append(mine, result.keys);
@@ -144,11 +166,13 @@ void GroupPlanner::collect(std::span<SiteConversion> sites, const std::vector<st
 Matrix GroupPlanner::pair_losses(const SiteConversion& site, const SecondMoments* moments) const {
   Matrix losses(site.parent.kv_groups, site.parent.kv_groups);
   world_.run_together([&] {
-    const SiteFactors factors(reader_, parent_, site.parent, moments);
+    const Measures measures(reader_, parent_, site.parent, moments, options_.pooling);
     std::vector<index_t> all(static_cast<std::size_t>(site.parent.kv_groups));
     std::iota(all.begin(), all.end(), index_t{0});
-    add_pair_losses(factors.scores(all).products, options_.pooling, world_, losses);
-    add_pair_losses(factors.outputs(all).products, options_.pooling, world_, losses);
+    for (const auto factors : {&SiteFactors::scores, &SiteFactors::outputs}) {
+      add_pair_losses((measures.minimised().*factors)(all).products, (measures.told().*factors)(all).products,
+                      options_.pooling, world_, losses);
+    }
   });
   world_.all_reduce(losses.values, ReduceOp::kSum);
   return losses;

@@ -1,26 +1,32 @@
 #include "trainer/conversion/head_factors.h"
 
+#include <array>
 #include <cmath>
+#include <optional>
 
 #include "kernels/base/error.h"
 
 namespace regroup {
 namespace {
 
-// Second moments are shrunk towards a multiple of the identity by this share: they stay invertible where
-// tokens are fewer than d_model, and directions that calibration has not seen count a little.
-constexpr double kShrinkage = 1e-3;
+// Second moments are shrunk towards a multiple of the identity by the first share: they stay invertible where
+// tokens are fewer than d_model, and directions that calibration has not seen count a little. A difference of
+// moments may be indefinite by what it was measured with (bfloat16): the next ones are for that.
+constexpr std::array kShrinkage = {1e-3, 1e-2, 1e-1, 1.0};
 
 // L with L L^T = the shrunk moments.
 Matrix factor_of(const std::vector<double>& moments, index_t width) {
-  Matrix c(width, width);
   double trace = 0;
   for (index_t i = 0; i < width; ++i) trace += moments[static_cast<std::size_t>(i * width + i)];
-  check(std::isfinite(trace) && trace >= 0, "second moments with trace {}", trace);
-  if (trace == 0) return Matrix::identity(width);  // nothing was seen
-  for (std::size_t i = 0; i < c.values.size(); ++i) c.values[i] = (1 - kShrinkage) * moments[i];
-  for (index_t i = 0; i < width; ++i) c(i, i) += kShrinkage * trace / static_cast<double>(width);
-  return cholesky(c);
+  check(std::isfinite(trace), "second moments with trace {}", trace);
+  if (trace <= 0) return Matrix::identity(width);  // nothing was seen, or nothing but rounding
+  for (const double share : kShrinkage) {
+    Matrix c(width, width);
+    for (std::size_t i = 0; i < c.values.size(); ++i) c.values[i] = (1 - share) * moments[i];
+    for (index_t i = 0; i < width; ++i) c(i, i) += share * trace / static_cast<double>(width);
+    if (std::optional<Matrix> factor = cholesky(c)) return *std::move(factor);
+  }
+  throw InternalError("second moments with trace {} have no factor", trace);
 }
 
 Matrix read(const CheckpointReader& reader, const std::string& name, int dim, index_t begin, Matrix into) {

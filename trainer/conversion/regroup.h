@@ -27,11 +27,6 @@ void pool_heads(const Tensor& source, const Tensor& out, index_t heads_per_group
 void draw_heads(const Tensor& out, const std::string& name, index_t row_begin, double scale,
                 std::uint64_t seed);
 
-// UserError naming the field and both values unless a `parent` can become a `target`: equal but for
-// every attention's number of groups, which must divide the parent's (the message lists the legal values),
-// and dropout_rate.
-void validate_conversion(const ModelConfig& parent, const ModelConfig& target);
-
 // Reads a checkpoint of a `parent` as one of a `target`, tensor by tensor. Where an attention has fewer
 // groups in the target, its heads are put in order and merged as the plan says; everything else is read as it
 // is, so with equal numbers of groups this is plain reading. Not collective.

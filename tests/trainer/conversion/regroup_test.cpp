@@ -1,123 +1,26 @@
 #include "trainer/conversion/regroup.h"
 
 #include <cmath>
-#include <functional>
-#include <map>
-#include <numeric>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "kernels/base/random.h"
-#include "tests/trainer/checkpoint/plain_file.h"
+#include "tests/trainer/conversion/model_file.h"
 #include "tests/trainer/run/temporary_directory.h"
-#include "trainer/model/parameters.h"
 
 namespace regroup {
 namespace {
 
-using test::bytes_of;
+using test::convert;
+using test::model;
+using test::Model;
+using test::random_model;
 using test::refusal;
+using test::Storage;
 using test::TemporaryDirectory;
+using test::write_model;
 using testing::AllOf;
 using testing::HasSubstr;
-
-ModelConfig model(index_t groups, index_t encoder_groups) {
-  ModelConfig config;
-  config.vocab_size = 24;
-  config.d_model = 12;
-  config.d_kv = 5;
-  config.d_ff = 16;
-  config.num_heads = 8;
-  config.num_layers = 1;
-  config.num_decoder_layers = 2;
-  config.kv_groups = groups;
-  config.encoder_kv_groups = encoder_groups;
-  return config;
-}
-
-float value_of(const std::string& name, index_t i) {
-  return static_cast<float>(
-      Philox(3, RandomPurpose::kTest, key_of(name)).normal(static_cast<std::uint64_t>(i)));
-}
-
-index_t count_of(const std::vector<index_t>& shape) {
-  return std::accumulate(shape.begin(), shape.end(), index_t{1}, std::multiplies<>());
-}
-
-using Model = std::map<std::string, std::vector<float>>;  // whole tensors by name
-
-Model random_model(const ModelConfig& config) {
-  Model result;
-  for (const ParameterSpec& spec : parameter_table(config)) {
-    auto& values = result[spec.name];
-    for (index_t i = 0; i < count_of(spec.shape); ++i) values.push_back(value_of(spec.name, i));
-  }
-  return result;
-}
-
-enum class Storage { kFloat32, kBFloat16 };
-
-void write_model(const std::filesystem::path& path, const ModelConfig& config, const Model& values,
-                 Storage storage = Storage::kFloat32) {
-  std::vector<test::PlainTensor> tensors;
-  for (const ParameterSpec& spec : parameter_table(config)) {
-    const auto& floats = values.at(spec.name);
-    if (storage == Storage::kFloat32) {
-      tensors.push_back(test::plain_tensor(spec.name, spec.shape, floats));
-    } else {
-      std::vector<bfloat16> narrow;
-      for (const float v : floats) narrow.emplace_back(v);
-      tensors.push_back({spec.name, StoredType::kBF16, spec.shape, bytes_of(narrow)});
-    }
-  }
-  test::write_plain_file(path, tensors);
-}
-
-// Loads every tensor-parallel rank's slices and puts the whole tensors together; replicas must agree.
-Model load(const std::filesystem::path& path, const ModelConfig& parent, const ModelConfig& target, int tp,
-           const ConversionOptions& options = {}) {
-  const CheckpointReader reader(path);
-  Model whole;
-  Model seen;  // 1 where an element was filled
-  for (int rank = 0; rank < tp; ++rank) {
-    std::vector<ShardedTensor> destination;
-    Model memory;
-    for (const ParameterSpec& spec : parameter_table(target)) {
-      const Slice slice = local_slice(spec.partition, spec.shape, rank, tp);
-      const auto shape = local_shape(slice, spec.shape);
-      auto& values = memory[spec.name];
-      values.assign(static_cast<std::size_t>(count_of(shape)), -77);
-      destination.push_back({.name = spec.name,
-                             .shape = spec.shape,
-                             .slice = slice,
-                             .local = Tensor(values.data(), DType::kFloat32, shape)});
-    }
-    const ConvertingReader converting(reader, parent, target, options);
-    for (const ShardedTensor& tensor : destination) converting.read(tensor);
-    for (const ShardedTensor& t : destination) {
-      auto& values = whole[t.name];
-      auto& filled = seen[t.name];
-      values.resize(static_cast<std::size_t>(count_of(t.shape)));
-      filled.resize(values.size());
-      const index_t width = t.shape.size() == 2 ? t.shape[1] : 1;
-      const index_t local_width = t.slice.dim == 1 ? t.slice.end - t.slice.begin : width;
-      for (index_t i = 0; i < t.local.numel(); ++i) {
-        const index_t row = i / local_width + (t.slice.dim == 0 ? t.slice.begin : 0);
-        const index_t column = i % local_width + (t.slice.dim == 1 ? t.slice.begin : 0);
-        const auto at = static_cast<std::size_t>(row * width + column);
-        const float found = t.local.as<float>()[i];
-        EXPECT_TRUE(filled[at] == 0 || values[at] == found) << t.name;
-        values[at] = found;
-        filled[at] = 1;
-      }
-    }
-  }
-  for (const auto& [name, filled] : seen) {
-    EXPECT_EQ(std::count(filled.begin(), filled.end(), 0.0F), 0) << name;
-  }
-  return whole;
-}
 
 bool is_regrouped(const std::string& name, const ModelConfig& parent, const ModelConfig& target) {
   const bool kv = name.ends_with("Attention.k.weight") || name.ends_with("Attention.v.weight");
@@ -161,7 +64,7 @@ TEST(ConvertingReaderTest, PoolsTheHeadsOfEachGroupInEveryLayout) {
           values = pooled(values, k, target, pooling);
         }
         for (const int tp : {1, 2, 4}) {
-          EXPECT_EQ(load(file, parent, target, tp, {.pooling = pooling}), expected)
+          EXPECT_EQ(convert(file, parent, target, {.pooling = pooling}, tp), expected)
               << from << " -> " << to << ", tp " << tp;
         }
       }
@@ -179,7 +82,7 @@ TEST(ConvertingReaderTest, PoolsHalfPrecisionSources) {
     for (float& v : values) v = static_cast<float>(bfloat16(v));
     if (is_regrouped(name, parent, target)) values = pooled(values, 4, target, Pooling::kMean);
   }
-  EXPECT_EQ(load(directory / "m.safetensors", parent, target, 2), source);
+  EXPECT_EQ(convert(directory / "m.safetensors", parent, target, {}, 2), source);
 }
 
 TEST(ConvertingReaderTest, EqualGroupsAreLoadedAsTheyAreWhateverThePooling) {
@@ -190,8 +93,8 @@ TEST(ConvertingReaderTest, EqualGroupsAreLoadedAsTheyAreWhateverThePooling) {
     write_model(directory / "m.safetensors", config, source);
     ModelConfig target = config;
     target.dropout_rate = 0.1;  // of the run, not of the weights
-    for (const Pooling pooling : {Pooling::kMean, Pooling::kFirst, Pooling::kRandom}) {
-      EXPECT_EQ(load(directory / "m.safetensors", config, target, 2, {.pooling = pooling, .seed = 5}),
+    for (const Pooling pooling : {Pooling::kMean, Pooling::kFirst, Pooling::kRandom, Pooling::kSpectral}) {
+      EXPECT_EQ(convert(directory / "m.safetensors", config, target, {.pooling = pooling, .seed = 5}, 2),
                 source);
     }
   }
@@ -205,9 +108,9 @@ TEST(ConvertingReaderTest, FreshHeadsDependOnSeedAndNameOnly) {
   const auto file = directory / "m.safetensors";
   write_model(file, parent, source);
   const ConversionOptions options = {.pooling = Pooling::kRandom, .seed = 11};
-  const Model fresh = load(file, parent, target, 1, options);
-  for (const int tp : {2, 4, 8}) EXPECT_EQ(load(file, parent, target, tp, options), fresh) << tp;
-  const Model other = load(file, parent, target, 1, {.pooling = Pooling::kRandom, .seed = 12});
+  const Model fresh = convert(file, parent, target, options);
+  for (const int tp : {2, 4, 8}) EXPECT_EQ(convert(file, parent, target, options, tp), fresh) << tp;
+  const Model other = convert(file, parent, target, {.pooling = Pooling::kRandom, .seed = 12});
   for (const auto& [name, values] : fresh) {
     EXPECT_EQ(values == source.at(name), !is_regrouped(name, parent, target)) << name;
     EXPECT_EQ(values == other.at(name), !is_regrouped(name, parent, target)) << name;
@@ -267,7 +170,7 @@ TEST(ValidateConversion, NamesFieldAndBothValues) {
   EXPECT_THAT(with(&ModelConfig::d_kv, 6), HasSubstr("d_kv = 5"));
   EXPECT_THAT(with(&ModelConfig::d_ff, 6), HasSubstr("d_ff = 16"));
   EXPECT_THAT(with(&ModelConfig::num_heads, 16), HasSubstr("num_heads = 8"));
-  EXPECT_THAT(with(&ModelConfig::num_layers, 6), HasSubstr("num_layers = 1"));
+  EXPECT_THAT(with(&ModelConfig::num_layers, 6), HasSubstr("num_layers = 2"));
   EXPECT_THAT(with(&ModelConfig::num_decoder_layers, 6), HasSubstr("num_decoder_layers = 2"));
   EXPECT_THAT(with(&ModelConfig::relative_attention_num_buckets, 6), HasSubstr("num_buckets = 32"));
   EXPECT_THAT(with(&ModelConfig::relative_attention_max_distance, 6), HasSubstr("max_distance = 128"));
@@ -280,9 +183,25 @@ TEST(ConvertingReaderTest, RefusesAnotherModelsCheckpoint) {
   const ModelConfig parent = model(4, 8);
   write_model(directory / "m.safetensors", parent, random_model(parent));
   const CheckpointReader reader(directory / "m.safetensors");
-  EXPECT_THAT(
-      refusal([&] { ConvertingReader(reader, model(8, 8), model(1, 8)); }),
-      AllOf(HasSubstr("8 of another shape"), HasSubstr("decoder.block.1.layer.1.EncDecAttention.v.weight")));
+  const auto is_listed =
+      AllOf(HasSubstr("8 of another shape"), HasSubstr("decoder.block.1.layer.1.EncDecAttention.v.weight"));
+  const ConversionPlan plan = {.options = {}, .target = model(1, 8), .sites = {}};
+  EXPECT_THAT(refusal([&] { ConvertingReader(reader, model(8, 8), model(1, 8), plan); }), is_listed);
+  for (const Pooling pooling : {Pooling::kMean, Pooling::kSpectral}) {
+    EXPECT_THAT(refusal([&] {
+                  convert(directory / "m.safetensors", model(8, 8), model(1, 8), {.pooling = pooling});
+                }),
+                is_listed);
+  }
+}
+
+TEST(ConvertingReaderTest, NeedsAPlanOfEveryAttentionThatChanges) {
+  const TemporaryDirectory directory;
+  const ModelConfig parent = model(8, 8);
+  write_model(directory / "m.safetensors", parent, random_model(parent));
+  const CheckpointReader reader(directory / "m.safetensors");
+  const ConversionPlan nothing = {.options = {}, .target = model(1, 8), .sites = {}};
+  EXPECT_THROW(ConvertingReader(reader, parent, model(1, 8), nothing), InternalError);
 }
 
 TEST(Pooling, IsNamed) {
