@@ -5,10 +5,25 @@
 #include <cmath>
 #include <lapacke.h>
 
+#include <omp.h>
+
 #include "kernels/base/error.h"
 
 namespace regroup {
 namespace {
+
+// One thread for BLAS while it lives: ranks share the work as it is, and what is computed depends neither on
+// how many there are nor on how many threads each has.
+class OneThread {
+ public:
+  OneThread() : previous_(omp_get_max_threads()) { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(previous_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int previous_;
+};
 
 // LAPACK is given the transpose of a row-major matrix, which is column-major: nothing is copied into another
 // order.
@@ -61,6 +76,7 @@ Matrix product(const Matrix& a, const Matrix& b, Transpose a_is, Transpose b_is)
         a.columns, b.rows, b.columns);
   Matrix result(rows, columns);
   const auto transposed = [](Transpose is) { return is == Transpose::kYes ? CblasTrans : CblasNoTrans; };
+  const OneThread one_thread;
   cblas_dgemm(CblasRowMajor, transposed(a_is), transposed(b_is), order(rows), order(columns), order(inner),
               1.0, a.values.data(), order(a.columns), b.values.data(), order(b.columns), 0.0,
               result.values.data(), order(columns));
@@ -83,6 +99,7 @@ std::optional<Matrix> cholesky(const Matrix& a) {
   check(a.rows == a.columns, "the Cholesky factor of [{}, {}]", a.rows, a.columns);
   Matrix result = a;
   // The lower half in row-major order is the upper one in column-major.
+  const OneThread one_thread;
   const lapack_int info =
       LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'U', order(a.rows), result.values.data(), order(a.rows));
   if (info > 0) return std::nullopt;
@@ -99,6 +116,7 @@ Matrix triangular_factor(const Matrix& a) {
     std::copy(a.values.begin(), a.values.end(), tall.values.begin());
   }
   std::vector<double> scales(static_cast<std::size_t>(tall.columns));
+  const OneThread one_thread;
   require_done(LAPACKE_dgelqf(LAPACK_COL_MAJOR, order(tall.columns), order(tall.rows), tall.values.data(),
                               order(tall.columns), scales.data()),
                "dgelqf");
@@ -113,6 +131,7 @@ SingularValues singular_values(const Matrix& a) {
                         .sigma = std::vector<double>(static_cast<std::size_t>(k)),
                         .vt = Matrix(k, a.columns)};
   Matrix work = a;
+  const OneThread one_thread;
   // Of the column-major transpose a^T = v diag(sigma) u^T.
   require_done(LAPACKE_dgesdd(LAPACK_COL_MAJOR, 'S', order(a.columns), order(a.rows), work.values.data(),
                               order(a.columns), result.sigma.data(), result.vt.values.data(),
@@ -133,6 +152,7 @@ std::vector<double> eigenvalues(const Matrix& a) {
   check(a.rows == a.columns, "the eigenvalues of [{}, {}]", a.rows, a.columns);
   Matrix work = a;
   std::vector<double> result(static_cast<std::size_t>(a.rows));
+  const OneThread one_thread;
   require_done(LAPACKE_dsyevd(LAPACK_COL_MAJOR, 'N', 'U', order(a.rows), work.values.data(), order(a.rows),
                               result.data()),
                "dsyevd");
@@ -144,6 +164,7 @@ Matrix solve(const Matrix& a, const Matrix& b) {
         b.columns);
   Matrix work = a;
   Matrix result = b;
+  const OneThread one_thread;
   require_done(LAPACKE_dposv(LAPACK_ROW_MAJOR, 'L', order(a.rows), order(b.columns), work.values.data(),
                              order(a.rows), result.values.data(), order(b.columns)),
                "dposv");

@@ -1,4 +1,5 @@
-// Float64 matrices and their factorizations, by BLAS and LAPACK.
+// Float64 matrices and their factorizations, by BLAS and LAPACK. Everything is computed by one thread, and is
+// the same to the bit however many ranks and threads there are.
 #pragma once
 
 #include <optional>

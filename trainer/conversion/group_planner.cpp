@@ -47,6 +47,7 @@ class Measures {
   }
   const SiteFactors& told() const { return told_; }
   const SiteFactors& minimised() const { return plain_ ? *plain_ : told_; }
+  bool differ() const { return plain_.has_value(); }
   Pooling pooling() const { return pooling_; }
 
  private:
@@ -60,7 +61,8 @@ GroupResult plan_group(const Measures& measures, std::span<const index_t> heads)
   const auto merge = [&](HeadFactors (SiteFactors::*factors)(std::span<const index_t>) const, double* sums) {
     const HeadFactors minimised = (measures.minimised().*factors)(heads);
     SharedHead shared = shared_head(minimised.products, measures.pooling());
-    const HeadProducts told = (measures.told().*factors)(heads).products;
+    const HeadFactors other = measures.differ() ? (measures.told().*factors)(heads) : HeadFactors();
+    const HeadProducts& told = measures.differ() ? other.products : minimised.products;
     sums[0] = merging_loss(told, shared);
     sums[1] = merging_energy(told);
     if (merges_products(measures.pooling())) balance(minimised, shared);
@@ -170,7 +172,8 @@ Matrix GroupPlanner::pair_losses(const SiteConversion& site, const SecondMoments
     std::vector<index_t> all(static_cast<std::size_t>(site.parent.kv_groups));
     std::iota(all.begin(), all.end(), index_t{0});
     for (const auto factors : {&SiteFactors::scores, &SiteFactors::outputs}) {
-      add_pair_losses((measures.minimised().*factors)(all).products, (measures.told().*factors)(all).products,
+      const HeadProducts minimised = (measures.minimised().*factors)(all).products;
+      add_pair_losses(minimised, measures.differ() ? (measures.told().*factors)(all).products : minimised,
                       options_.pooling, world_, losses);
     }
   });

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include <gtest/gtest.h>
+#include <omp.h>
 
 #include "kernels/base/error.h"
 #include "tests/trainer/conversion/matrices.h"
@@ -15,6 +16,7 @@ namespace {
 
 using test::distance;
 using test::random_matrix;
+using test::sum;
 
 constexpr double kRounding = 1e-12;
 
@@ -191,9 +193,32 @@ TEST(Eigenvalues, AreThoseOfTheSecondDifference) {
   EXPECT_EQ(eigenvalues(matrix(1, 1, {-4})), std::vector<double>{-4});
 }
 
+// Large enough for a threaded BLAS to divide them.
+TEST(DenseMatrix, DoesNotDependOnTheNumberOfThreads) {
+  const Matrix a = random_matrix("a", 400, 300);
+  const Matrix moments = sum(product(a, a, Transpose::kYes), Matrix::identity(300));
+  const auto results = [&](int threads) {
+    const int before = omp_get_max_threads();
+    omp_set_num_threads(threads);
+    const SingularValues s = singular_values(a);
+    std::vector<std::vector<double>> all = {product(a, moments).values,
+                                            cholesky(moments).value().values,
+                                            triangular_factor(a).values,
+                                            solve(moments, moments).values,
+                                            eigenvalues(moments),
+                                            s.u.values,
+                                            s.sigma,
+                                            s.vt.values};
+    EXPECT_EQ(omp_get_max_threads(), threads);
+    omp_set_num_threads(before);
+    return all;
+  };
+  EXPECT_EQ(results(1), results(3));
+}
+
 TEST(Solve, InvertsTheProduct) {
   for (const index_t n : {1, 6}) {
-    const Matrix a = test::sum(test::random_moments("a", n, n + 2), Matrix::identity(n));
+    const Matrix a = sum(test::random_moments("a", n, n + 2), Matrix::identity(n));
     const Matrix x = random_matrix("x", n, 4);
     EXPECT_LT(distance(solve(a, product(a, x)), x), kRounding);
   }
