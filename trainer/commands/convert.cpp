@@ -66,6 +66,7 @@ int convert_command(const Options& asked, const ProcessGroup& world, const Log& 
   Layout layout;
   RunDirectory directory(world, options.output, log);
   world.run_together([&] {
+    conversion_options(options);  // known names
     if (source.state) inherit(options, source.state->identity);
     target = uptrained_config(options, source.config);
     validate_conversion(source.config, target);
