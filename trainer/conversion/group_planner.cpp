@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <optional>
 
@@ -43,16 +44,17 @@ class Measures {
   Measures(const CheckpointReader& reader, const ModelConfig& parent, const AttentionSite& site,
            const SecondMoments* moments, Pooling pooling)
       : told_(reader, parent, site, moments), pooling_(pooling) {
-    if (pooling == Pooling::kSpectral && moments != nullptr) plain_.emplace(reader, parent, site, nullptr);
+    if (pooling == Pooling::kSpectral && moments != nullptr)
+      plain_ = std::make_unique<SiteFactors>(reader, parent, site, nullptr);
   }
   const SiteFactors& told() const { return told_; }
   const SiteFactors& minimised() const { return plain_ ? *plain_ : told_; }
-  bool differ() const { return plain_.has_value(); }
+  bool differ() const { return plain_ != nullptr; }
   Pooling pooling() const { return pooling_; }
 
  private:
   SiteFactors told_;
-  std::optional<SiteFactors> plain_;
+  std::unique_ptr<const SiteFactors> plain_;  // null: the same
   Pooling pooling_;
 };
 
