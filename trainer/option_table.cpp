@@ -153,6 +153,8 @@ std::vector<po::options_description> describe_options(Options& o) {
                       "parent: a run, one of its step directories, or a transformers T5 1.1")(
       "alpha", bound(o.alpha), "train on for this share of the parent's steps")(
       "parent-steps", bound(o.parent_steps), "steps of a parent that does not say (public T5 1.1: 1000000)")(
+      "parent-moments", flag(o.parent_moments),
+      "go on with the parent's optimizer state, where it has one, of what conversion leaves as it is")(
       "pooling", text(o.pooling), "of a group's heads: mean, first, random, spectral or calibrated")(
       "grouping", text(o.grouping), "heads of a group: position (neighbours) or similarity")(
       "kv-budget", text(o.kv_budget),

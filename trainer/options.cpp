@@ -35,9 +35,8 @@ bool is_idle(const std::string& name, Mode mode) {
                                              "runs",
                                              "checkpoint"};
   static const std::set<std::string> pretraining = {
-      "init-from",      "alpha",     "parent-steps",        "pooling",
-      "grouping",       "kv-budget", "calibration-batches", "calibration-memory",
-      "until-recovered"};
+      "init-from", "alpha",     "parent-steps",        "parent-moments",     "pooling",
+      "grouping",  "kv-budget", "calibration-batches", "calibration-memory", "until-recovered"};
   static const std::set<std::string> uptraining = {"model", "steps"};
   return text.contains(name) || (mode == Mode::kPretrain && pretraining.contains(name)) ||
          (mode == Mode::kUptrain && uptraining.contains(name));

@@ -80,6 +80,7 @@ struct Options {
   std::filesystem::path init_from;  // a run, a step directory, a transformers checkpoint
   double alpha = 0.05;              // share of the parent's steps
   double until_recovered = 0;       // share of what the conversion cost at which it ends early; 0: none
+  bool parent_moments = true;       // go on with its optimizer state where it has one
   index_t parent_steps = 1000000;   // of a parent that does not say (public T5 1.1: 1,000,000)
   std::string pooling = "mean";
   std::string grouping = "position";  // or similarity

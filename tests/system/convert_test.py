@@ -99,7 +99,8 @@ class ConvertTest(SystemTest):
         converted, run = self.folder / "converted", self.folder / "run"
         self.convert(converted, "one", 1, *CALIBRATED)
         uptrain = ["--uptrain", "--corpus", self.corpus, *TRAINING, "--kv-groups", 1, "--alpha", ALPHA, "--tensor-parallel", 2]
-        self.train([*uptrain, "--run", run, "--init-from", self.parent, *CALIBRATED])
+        # What --convert writes has no optimizer state.
+        self.train([*uptrain, "--run", run, "--init-from", self.parent, *CALIBRATED, "--parent-moments", "off"])
         losses = harness.evaluations(run)
         self.assert_relative(losses[PARENT_STEPS, "converted"], self.report(converted)["held_out_loss"]["converted"], 1e-5)
         self.assertEqual(self.report(run)["provenance"]["pooling"], "calibrated")

@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import struct
 
 import harness
@@ -98,6 +99,26 @@ class UptrainTest(SystemTest):
         self.uptrain(run, groups=HEADS)
         losses = harness.evaluations(run)
         self.assertEqual(losses[PARENT_STEPS, "converted"], losses[PARENT_STEPS, "parent"])
+
+    def test_as_many_groups_as_heads_is_the_parent_trained_on(self):
+        # By the parent's moments, where they are kept: to the bit, for nothing tells the two apart.
+        for optimizer in ("adafactor", "adamw"):
+            home = self.folder / optimizer
+            parent, on, run, anew = (home / name for name in ("parent", "on", "run", "anew"))
+            pretrain = ["--pretrain", "--corpus", self.corpus, *MODEL, *TRAINING, "--optimizer", optimizer]
+            self.train([*pretrain, "--run", parent, "--steps", 20], ranks=1)
+            shutil.copytree(parent, on)
+            self.train([*pretrain, "--run", on, "--steps", 26], ranks=1)
+            uptrain = ["--uptrain", "--corpus", self.corpus, "--init-from", parent, *TRAINING, "--kv-groups", HEADS,
+                       "--alpha", 0.3]
+            outcome = self.train([*uptrain, "--run", run], ranks=1)
+            self.assertRegex(outcome.stderr, r"goes on with the parent's moments of (\d+) of \1 parameters")
+            self.train([*uptrain, "--run", anew, "--parent-moments", "off"], ranks=1)
+            self.assertEqual(harness.losses(run), harness.losses(on)[20:])
+            self.assertNotEqual(harness.losses(anew), harness.losses(run))
+            for file in ("model.safetensors", "optimizer.safetensors"):
+                self.assertEqual(harness.digest(step_directory(run, 26) / file),
+                                 harness.digest(step_directory(on, 26) / file))
 
     def test_only_the_decoder_is_grouped(self):
         run = self.folder / "run"

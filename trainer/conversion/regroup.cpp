@@ -7,15 +7,12 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/random.h"
+#include "trainer/conversion/group_planner.h"
 #include "trainer/conversion/head_factors.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {
 namespace {
-
-bool is_merged(Pooling pooling) { return pooling == Pooling::kSpectral || pooling == Pooling::kCalibrated; }
-
-bool in_order(const std::vector<index_t>& order) { return std::is_sorted(order.begin(), order.end()); }
 
 void store(const Matrix& from, const Tensor& to) {
   check(to.rank == 2 && to.is_contiguous() && to.has_shape({from.rows, from.columns}), "[{}, {}] into {}",
@@ -60,11 +57,7 @@ void draw_heads(const Tensor& out, const std::string& name, index_t row_begin, d
   }
 }
 
-ConvertingReader::ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent,
-                                   const ModelConfig& target, ConversionPlan plan)
-    : reader_(reader), d_kv_(target.d_kv), d_model_(target.d_model), plan_(std::move(plan)) {
-  validate_conversion(parent, target);
-  reader.require(parameter_table(parent));
+std::map<std::string, ConvertingReader::Change> ConvertingReader::changes_of(const ConversionPlan& plan) {
   using Role = Change::Role;
   constexpr std::array<std::pair<std::string_view, Role>, 5> kRoles = {
       {{"q.weight", Role::kQuery},
@@ -72,14 +65,34 @@ ConvertingReader::ConvertingReader(const CheckpointReader& reader, const ModelCo
        {"v.weight", Role::kValue},
        {"o.weight", Role::kOutput},
        {"relative_attention_bias.weight", Role::kBias}}};
-  for (const SiteConversion& site : plan_.sites) {
+  std::map<std::string, Change> changes;
+  for (const SiteConversion& site : plan.sites) {
+    const bool in_order = std::is_sorted(site.order.begin(), site.order.end());
     for (const auto& [weight, role] : kRoles) {
       const bool left = role == Role::kQuery || role == Role::kOutput;
-      if (left && !is_merged(plan_.options.pooling) && in_order(site.order)) continue;
-      if (role == Role::kBias && in_order(site.order)) continue;
-      changes_[site.parent.prefix + std::string(weight)] = {.role = role, .site = &site};
+      if (left && !merges_products(plan.options.pooling) && in_order) continue;
+      if (role == Role::kBias && in_order) continue;
+      changes[site.parent.prefix + std::string(weight)] = {.role = role, .site = &site};
     }
   }
+  return changes;
+}
+
+std::set<std::string> ConvertingReader::changed_parameters(const ConversionPlan& plan) {
+  std::set<std::string> names;
+  for (const auto& [name, change] : changes_of(plan)) names.insert(name);
+  return names;
+}
+
+ConvertingReader::ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent,
+                                   const ModelConfig& target, ConversionPlan plan)
+    : reader_(reader),
+      d_kv_(target.d_kv),
+      d_model_(target.d_model),
+      plan_(std::move(plan)),
+      changes_(changes_of(plan_)) {
+  validate_conversion(parent, target);
+  reader.require(parameter_table(parent));
   const auto from = parameter_table(parent);
   const auto to = parameter_table(target);
   check(from.size() == to.size(), "a conversion between tables of {} and {} parameters", from.size(),
@@ -154,7 +167,7 @@ void ConvertingReader::read_shared(const ShardedTensor& to, const Change& change
     draw_heads(to.local, to.name, slice.begin, change.scale, plan_.options.seed);
     return;
   }
-  const bool merged = is_merged(plan_.options.pooling);
+  const bool merged = merges_products(plan_.options.pooling);
   const std::vector<SharedHead>& groups = change.role == Change::Role::kKey ? site.keys : site.values;
   std::vector<float> floats(static_cast<std::size_t>(merged ? 0 : heads * d_kv_ * d_model_));
   for (index_t row = slice.begin; row < slice.end; row += d_kv_) {

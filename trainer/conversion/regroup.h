@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,9 @@ class ConvertingReader {
   // the parent's heads it reads those that the slice is made of and no others.
   void read(const ShardedTensor& to) const;
 
+  // The parameters that a conversion by this plan does not read as they are.
+  static std::set<std::string> changed_parameters(const ConversionPlan& plan);
+
  private:
   // What happens to one parameter.
   struct Change {
@@ -49,6 +53,7 @@ class ConvertingReader {
     const SiteConversion* site = nullptr;  // in plan_
     double scale = 0;                      // standard deviation of fresh heads
   };
+  static std::map<std::string, Change> changes_of(const ConversionPlan& plan);
   void read_left(const ShardedTensor& to, const Change& change) const;
   void read_shared(const ShardedTensor& to, const Change& change) const;
   void read_bias(const ShardedTensor& to, const Change& change) const;

@@ -62,6 +62,7 @@ Adafactor::Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, 
     return partial ? totals_.extra(begin, size)
                    : sums_.tensor(DType::kFloat64, {size}, begin * size_of(DType::kFloat64));
   };
+  const std::vector<index_t> offsets = offsets_of(store, options.step_offset, options.step_offsets);
   for (std::size_t i = 0; i < store.size(); ++i) {
     const Plan& p = plan_[i];
     const std::vector<index_t>& shape = store.table()[i].shape;
@@ -79,19 +80,17 @@ Adafactor::Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, 
       slot.second_moment = state_.tensor(stat, {p.rows, p.columns}, p.state * size_of(stat));
     }
     slots_.push_back(slot);
+    slots_by_offset_[offsets[i]].push_back(slot);
   }
 }
 
 Adafactor::~Adafactor() = default;
 
 double Adafactor::do_update(index_t step, double learning_rate, double largest_norm) {
-  const double beta2 =
-      1 - std::pow(static_cast<double>(step - options_.step_offset + 1), -options_.decay_rate);
-  const AdafactorOptions options = {.beta2 = beta2,
-                                    .learning_rate = learning_rate,
-                                    .epsilon_gradient = options_.epsilon_gradient,
-                                    .epsilon_parameter = options_.epsilon_parameter,
-                                    .clipping_threshold = options_.clipping_threshold};
+  AdafactorOptions options = {.learning_rate = learning_rate,
+                              .epsilon_gradient = options_.epsilon_gradient,
+                              .epsilon_parameter = options_.epsilon_parameter,
+                              .clipping_threshold = options_.clipping_threshold};
   const auto statistics = [&] {
     backend_.adafactor_statistics(slots_, options);
     for (std::size_t i = 0; i < slots_.size(); ++i) {
@@ -107,7 +106,10 @@ double Adafactor::do_update(index_t step, double learning_rate, double largest_n
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
     statistics();
   }
-  backend_.adafactor_moments(slots_, options);
+  for (const auto& [offset, slots] : slots_by_offset_) {
+    options.beta2 = 1 - std::pow(static_cast<double>(step - offset + 1), -options_.decay_rate);
+    backend_.adafactor_moments(slots, options);
+  }
   totals_.reduce_moments();
   backend_.adafactor_update(slots_, options);
   store_.refresh_weights();

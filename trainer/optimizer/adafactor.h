@@ -12,6 +12,7 @@ class Adafactor final : public Optimizer {
     // beta2 at step t is 1 - (t - step_offset + 1)^-decay_rate. Moments that start fresh at step s need
     // step_offset s.
     index_t step_offset = 0;
+    MomentOffsets step_offsets = {};  // of parameters with another one
     double decay_rate = 0.8;
     index_t min_dim_size_to_factor = 128;  // of the global matrix, both dimensions
     double clipping_threshold = 1.0;
@@ -41,6 +42,7 @@ class Adafactor final : public Optimizer {
   Buffer sums_;   // float64: row and column sums that are complete on this rank
   UpdateTotals totals_;
   std::vector<AdafactorSlot> slots_;
+  std::map<index_t, std::vector<AdafactorSlot>> slots_by_offset_;  // the same
 };
 
 }  // namespace regroup

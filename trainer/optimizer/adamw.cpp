@@ -11,6 +11,7 @@ AdamW::AdamW(Backend& backend, ParameterStore& store, const Mesh& mesh, const Op
       state_(backend.allocate(2 * store.all_masters().bytes())),
       totals_(backend, store, mesh) {
   const DType stat = stat_dtype(store.compute_dtype());
+  const std::vector<index_t> offsets = offsets_of(store, options.step_offset, options.step_offsets);
   index_t offset = 0;
   const index_t second = store.all_masters().bytes();
   for (std::size_t i = 0; i < store.size(); ++i) {
@@ -25,6 +26,7 @@ AdamW::AdamW(Backend& backend, ParameterStore& store, const Mesh& mesh, const Op
                       .global_size = global_size,
                       .decay = store.table()[i].initializer != Initializer::kOnes &&
                                store.table()[i].initializer != Initializer::kUniform});
+    slots_by_offset_[offsets[i]].push_back(slots_.back());
     offset += weight.bytes();
   }
 }
@@ -36,13 +38,15 @@ double AdamW::do_update(index_t step, double learning_rate, double largest_norm)
   if (options_.max_gradient_norm > 0 && norm > options_.max_gradient_norm) {
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
   }
-  backend_.adamw_update(slots_, {.learning_rate = learning_rate,
-                                 .beta1 = options_.beta1,
-                                 .beta2 = options_.beta2,
-                                 .epsilon = options_.epsilon,
-                                 .weight_decay = options_.weight_decay,
-                                 .step = step - options_.step_offset + 1,
-                                 .scale_by_rms = options_.scale_by_rms});
+  for (const auto& [offset, slots] : slots_by_offset_) {
+    backend_.adamw_update(slots, {.learning_rate = learning_rate,
+                                  .beta1 = options_.beta1,
+                                  .beta2 = options_.beta2,
+                                  .epsilon = options_.epsilon,
+                                  .weight_decay = options_.weight_decay,
+                                  .step = step - offset + 1,
+                                  .scale_by_rms = options_.scale_by_rms});
+  }
   store_.refresh_weights();
   return norm;
 }

@@ -9,7 +9,8 @@ namespace regroup {
 class AdamW final : public Optimizer {
  public:
   struct Options {
-    index_t step_offset = 0;  // bias correction counts from here
+    index_t step_offset = 0;          // bias correction counts from here
+    MomentOffsets step_offsets = {};  // of parameters with another one
     double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
     double weight_decay = 0;  // of matrices; norms and the bias tables are not decayed
     bool scale_by_rms = false;
@@ -29,6 +30,7 @@ class AdamW final : public Optimizer {
   Buffer state_;  // S: first moments, then second moments, each in the order of the store's flat masters
   UpdateTotals totals_;
   std::vector<AdamWSlot> slots_;
+  std::map<index_t, std::vector<AdamWSlot>> slots_by_offset_;  // the same
 };
 
 }  // namespace regroup

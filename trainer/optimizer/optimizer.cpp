@@ -57,6 +57,16 @@ void UpdateTotals::reduce_moments() {
   reduce(static_cast<index_t>(host_.size()));
 }
 
+std::vector<index_t> offsets_of(const ParameterStore& store, index_t step_offset,
+                                const MomentOffsets& others) {
+  std::vector<index_t> result;
+  for (const ParameterSpec& spec : store.table()) {
+    const auto other = others.find(spec.name);
+    result.push_back(other == others.end() ? step_offset : other->second);
+  }
+  return result;
+}
+
 Tensor as_matrix(Tensor tensor) { return tensor.rank == 1 ? tensor.reshape({1, tensor[0]}) : tensor; }
 
 }  // namespace regroup

@@ -2,13 +2,18 @@
 #pragma once
 
 #include <limits>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "parallel/mesh.h"
 #include "trainer/model/parameter_store.h"
 
 namespace regroup {
+
+// By parameter, the step at which its moments began, where that is not an optimizer's step_offset.
+using MomentOffsets = std::map<std::string, index_t>;
 
 class Optimizer {
  public:
@@ -63,6 +68,10 @@ class UpdateTotals {
   Buffer buffer_;
   std::vector<double> host_;
 };
+
+// The step at which the moments of each parameter of the store began, in its order.
+std::vector<index_t> offsets_of(const ParameterStore& store, index_t step_offset,
+                                const MomentOffsets& others);
 
 // The parameter's local slice as a matrix [R, C]; a vector is one row.
 Tensor as_matrix(Tensor tensor);

@@ -165,6 +165,7 @@ nlohmann::json run_identity(const Options& options, const ModelConfig& config, c
     all["parent-steps"] = length.first_step;
     all["pooling"] = options.pooling;
     // Named only where they count, so that runs from before they existed resume.
+    if (!options.parent_moments) all["parent-moments"] = false;
     if (options.grouping != "position") all["grouping"] = options.grouping;
     if (options.kv_budget != "even") all["kv-budget"] = options.kv_budget;
     if (options.pooling == "calibrated") all["calibration-batches"] = options.calibration_batches;

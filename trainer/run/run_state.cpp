@@ -30,6 +30,7 @@ nlohmann::json to_json(const RunState& state) {
           {"recovered_step", state.recovered_step},
           {"divergence", to_json(state.divergence)},
           {"conversion", state.conversion},
+          {"moment_offsets", state.moment_offsets},
           {"identity", state.identity}};
 }
 
@@ -51,6 +52,7 @@ RunState run_state_from_json(const nlohmann::json& json, const std::string& wher
     }
     if (json.contains("divergence")) state.divergence = divergence_from_json(json.at("divergence"));
     state.conversion = json.value("conversion", nlohmann::json());
+    state.moment_offsets = json.value("moment_offsets", MomentOffsets());
     state.identity = json.at("identity");
     return state;
   } catch (const nlohmann::json::exception& error) {

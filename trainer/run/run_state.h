@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/dtype.h"
+#include "trainer/optimizer/optimizer.h"
 #include "trainer/run/divergence.h"
 
 namespace regroup {
@@ -26,7 +27,10 @@ struct RunState {
   double recovered = std::numeric_limits<double>::quiet_NaN();
   index_t recovered_step = 0;
   nlohmann::json conversion;  // ConversionProvenance of a converted model, else null
-  Divergence divergence;      // what judges the next step
+  // Where the optimizer's moments of some parameters began, if not at first_step: with the parent, whose they
+  // are.
+  MomentOffsets moment_offsets;
+  Divergence divergence;  // what judges the next step
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not
   // part of it.
   nlohmann::json identity = nlohmann::json::object();

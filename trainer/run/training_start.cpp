@@ -12,6 +12,7 @@
 #include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/parent_conversion.h"
+#include "trainer/run/parent_moments.h"
 #include "trainer/run/rank_device.h"
 #include "trainer/run/training_run.h"
 
@@ -106,6 +107,12 @@ void TrainingRun::plan_conversion() {
   state_.conversion = to_json(conversion_.report.provenance);
   config_ = conversion_.plan.target;
   state_.identity = identity();
+  if (options_.parent_moments) {
+    world_.run_together(
+        [&] { state_.moment_offsets = inherited_moments(*source_, conversion_.plan, options_.optimizer); });
+  }
+  log_.info("the optimizer goes on with the parent's moments of {} of {} parameters",
+            state_.moment_offsets.size(), parameter_table(config_).size());
 }
 
 void TrainingRun::build() {
@@ -115,13 +122,16 @@ void TrainingRun::build() {
   if (options_.optimizer == "adamw") {
     optimizer_ = std::make_unique<AdamW>(*backend_, runner_->parameters(), *mesh_,
                                          AdamW::Options{.step_offset = offset,
+                                                        .step_offsets = state_.moment_offsets,
                                                         .weight_decay = options_.weight_decay,
                                                         .scale_by_rms = options_.scale_by_rms,
                                                         .max_gradient_norm = options_.max_gradient_norm});
   } else {
-    optimizer_ = std::make_unique<Adafactor>(
-        *backend_, runner_->parameters(), *mesh_,
-        Adafactor::Options{.step_offset = offset, .max_gradient_norm = options_.max_gradient_norm});
+    optimizer_ =
+        std::make_unique<Adafactor>(*backend_, runner_->parameters(), *mesh_,
+                                    Adafactor::Options{.step_offset = offset,
+                                                       .step_offsets = state_.moment_offsets,
+                                                       .max_gradient_norm = options_.max_gradient_norm});
   }
   saver_ = std::make_unique<RunSaver>(
       world_, layout_, *backend_, directory_.checkpoints(),
@@ -155,6 +165,7 @@ void TrainingRun::load() {
 
 void TrainingRun::convert_parent() {
   load_weights(world_, *source_, *backend_, runner_->parameters(), conversion_.plan);
+  load_moments(world_, *backend_, *source_, state_.moment_offsets, optimizer_->state());
   state_.converted_loss = held_out(*runner_).mean();
   conversion_.report.converted_loss = state_.converted_loss;
   world_.run_on(0, [&] { write_conversion_report(options_.run, conversion_.report); });

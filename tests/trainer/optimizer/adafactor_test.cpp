@@ -176,6 +176,44 @@ TEST(Adafactor, StepOffsetStartsAfresh) {
   EXPECT_EQ(weights_after(0), weights_after(1000000));
 }
 
+// Each parameter moves as in a run in which all have its offset.
+template <class AnOptimizer>
+void expect_offsets_of_their_own(const typename AnOptimizer::Options& base) {
+  CpuBackend backend(1);
+  const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
+  constexpr index_t kFirst = 7;
+  const auto weights_after = [&](index_t offset, const MomentOffsets& others) {
+    ParameterStore store(backend, config(), {.compute = DType::kFloat64});
+    store.initialise(3);
+    typename AnOptimizer::Options options = base;
+    options.step_offset = offset;
+    options.step_offsets = others;
+    AnOptimizer optimizer(backend, store, mesh, options);
+    for (index_t step = kFirst; step < kFirst + 3; ++step) {
+      draw_gradients(store, static_cast<std::uint64_t>(step));
+      optimizer.update(step, 0.01);
+    }
+    std::vector<std::vector<double>> weights;
+    for (std::size_t i = 0; i < store.size(); ++i) weights.push_back(values_of(store.master(i)));
+    return weights;
+  };
+  MomentOffsets others;
+  std::vector<bool> is_other;
+  for (const ParameterSpec& spec : parameter_table(config())) {
+    is_other.push_back(spec.name.find("SelfAttention") == std::string::npos);
+    if (is_other.back()) others[spec.name] = 2;
+  }
+  const auto mixed = weights_after(kFirst, others), fresh = weights_after(kFirst, {}),
+             old = weights_after(2, {});
+  for (std::size_t i = 0; i < mixed.size(); ++i) {
+    EXPECT_EQ(mixed[i], is_other[i] ? old[i] : fresh[i]) << i;
+    EXPECT_NE(old[i], fresh[i]) << i;
+  }
+}
+
+TEST(Adafactor, OffsetsOfTheirOwn) { expect_offsets_of_their_own<Adafactor>({}); }
+TEST(AdamW, OffsetsOfTheirOwn) { expect_offsets_of_their_own<AdamW>({}); }
+
 // A gradient above the largest norm that is asked for, or not finite, leaves weights and state as they were.
 template <class AnOptimizer>
 void expect_bad_gradients_change_nothing(const typename AnOptimizer::Options& options) {
