@@ -64,7 +64,7 @@ SiteFactors::SiteFactors(const CheckpointReader& reader, const ModelConfig& pare
   for (std::size_t i = 0; i < keys.size(); ++i) keys[i] -= moments->attended[i];
   queries_ = factor_of(moments->query, moments->width);
   keys_ = factor_of(keys, moments->width);
-  values_ = factor_of(moments->attended, moments->width);
+  values_ = factor_of(moments->attending, moments->width);
 }
 
 HeadFactors SiteFactors::scores(std::span<const index_t> heads) const {

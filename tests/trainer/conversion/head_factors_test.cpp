@@ -106,7 +106,7 @@ Measure measure_of(const SecondMoments& moments) {
   const Matrix attended = square(moments.attended);
   return {.queries = shrunk(square(moments.query)),
           .keys = shrunk(sum(square(moments.attending), attended, -1)),
-          .values = shrunk(attended)};
+          .values = shrunk(square(moments.attending))};
 }
 
 SharedHead some_shared(index_t heads) {
