@@ -188,6 +188,13 @@ std::vector<index_t> uneven_groups(const GroupPlanner& planner, MomentSource& mo
 
 }  // namespace
 
+std::vector<index_t> SiteConversion::query_heads_of(index_t group) const {
+  std::vector<index_t> heads;
+  const index_t count = query_heads / target.kv_groups;
+  for (index_t slot = group * count; slot < (group + 1) * count; ++slot) heads.push_back(query_head_in(slot));
+  return heads;
+}
+
 Pooling pooling_from_string(const std::string& name) {
   for (const auto& [text, pooling] : kPoolings) {
     if (text == name) return pooling;
@@ -255,6 +262,8 @@ ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader
   if (similarity) order_by_similarity(planner, moments, plan.sites);
   moments.each(plan.sites, [&](std::span<SiteConversion> sites, std::span<const SecondMoments> of_sites) {
     planner.plan(sites, of_sites);
+    if (options.pooling != Pooling::kCalibrated || !calibration.outputs) return;
+    planner.fit_outputs(sites, calibration.outputs(sites, planner.shared_values(sites)));
   });
   return plan;
 }

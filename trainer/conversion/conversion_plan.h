@@ -43,6 +43,9 @@ struct SiteConversion {
   std::vector<index_t> order;
   // By group; empty for kMean, kFirst and kRandom, whose left factors stay.
   std::vector<SharedHead> keys, values;
+  // By group [m, m], m = query heads of a group x d_kv: the group's output weights [d_model, m], in the order
+  // of slots, times this, in place of values' mixes. Empty: those.
+  std::vector<Matrix> outputs;
   // Share of the scores' and of the outputs' squares that is lost, in the measure that was minimised (without
   // calibration: inputs all alike).
   double score_loss = 0, output_loss = 0;
@@ -50,6 +53,12 @@ struct SiteConversion {
 
   index_t heads_per_group() const { return parent.kv_groups / target.kv_groups; }
   index_t queries_per_head() const { return query_heads / parent.kv_groups; }
+  // The parent's query head in a slot of the target, and those of a group.
+  index_t query_head_in(index_t slot) const {
+    const index_t queries = queries_per_head();
+    return order[static_cast<std::size_t>(slot / queries)] * queries + slot % queries;
+  }
+  std::vector<index_t> query_heads_of(index_t group) const;
 };
 
 struct ConversionPlan {
@@ -61,8 +70,19 @@ struct ConversionPlan {
 // The moments of these attentions (positions in attention_sites()). Collective.
 using MeasureMoments = std::function<std::vector<SecondMoments>(std::span<const index_t>)>;
 
+// What the query heads of each group pass on, in the order of slots: a [m] by the parent's value heads, b [m]
+// by the shared ones; moments over queries, by group [m, m].
+struct OutputMoments {
+  std::vector<Matrix> before, across, after;  // E[a a^T], E[a b^T], E[b b^T]
+};
+
+// The same for these planned attentions, whose shared value heads are, by group, [d_kv, d_model]. Collective.
+using MeasureOutputs = std::function<std::vector<OutputMoments>(std::span<const SiteConversion>,
+                                                                std::span<const std::vector<Matrix>>)>;
+
 struct Calibration {
   MeasureMoments measure;     // empty: none
+  MeasureOutputs outputs;     // empty: calibrated outputs stay as merging makes them
   index_t sites_at_once = 1;  // whose moments are held together
 };
 

@@ -96,6 +96,54 @@ SharedHead take_head(const std::string& bytes, std::size_t& at, index_t heads, i
   return result;
 }
 
+// The mixes of a group's value heads, each for all query heads that read it, as one matrix.
+Matrix block_diagonal(const std::vector<Matrix>& mixes, index_t repeats) {
+  const index_t d = mixes.front().rows;
+  const index_t size = d * repeats * static_cast<index_t>(mixes.size());
+  Matrix result(size, size);
+  for (index_t at = 0; at < size; at += d) {
+    const Matrix& mix = mixes[static_cast<std::size_t>(at / d / repeats)];
+    for (index_t i = 0; i < d; ++i) std::copy(mix.row(i), mix.row(i) + d, result.row(at + i) + at);
+  }
+  return result;
+}
+
+struct FittedOutputs {
+  Matrix outputs;
+  std::array<double, 2> sums{};  // lost and whole squares
+};
+
+// trace(w x w^T)
+double weighted_trace(const Matrix& w, const Matrix& x) {
+  const Matrix wx = product(w, x);
+  double sum = 0;
+  for (std::size_t i = 0; i < w.values.size(); ++i) sum += wx.values[i] * w.values[i];
+  return sum;
+}
+
+// See GroupPlanner::fit_outputs(). w: the parent's output weights of the group.
+FittedOutputs fit(const Matrix& before, const Matrix& across, const Matrix& after, const Matrix& mixes,
+                  const Matrix& w) {
+  constexpr double kRidge = 1e-4;  // of the mean square of b
+  double ridge = 0;
+  for (index_t i = 0; i < after.rows; ++i) ridge += kRidge * after(i, i) / static_cast<double>(after.rows);
+  if (!(ridge > 0)) return {.outputs = mixes, .sums = {0, weighted_trace(w, before)}};  // nothing was seen
+  Matrix left = across, right = after;
+  for (std::size_t i = 0; i < left.values.size(); ++i) left.values[i] += ridge * mixes.values[i];
+  for (index_t i = 0; i < right.rows; ++i) right(i, i) += ridge;
+  FittedOutputs result{.outputs = solve(right, left.transposed()).transposed()};
+  // E|| a - M b ||^2 = E[a a^T] - M E[b a^T] - E[a b^T] M^T + M E[b b^T] M^T, under the trace.
+  Matrix error = before;
+  const Matrix mixed = product(result.outputs, across, Transpose::kNo, Transpose::kYes);
+  const Matrix squared =
+      product(product(result.outputs, after), result.outputs, Transpose::kNo, Transpose::kYes);
+  for (index_t i = 0; i < error.rows; ++i) {
+    for (index_t j = 0; j < error.columns; ++j) error(i, j) += squared(i, j) - mixed(i, j) - mixed(j, i);
+  }
+  result.sums = {weighted_trace(w, error), weighted_trace(w, before)};
+  return result;
+}
+
 // The loss of each pair that is this rank's turn, as a share of all heads', added to `losses`.
 void add_pair_losses(const HeadProducts& minimised, const HeadProducts& told, Pooling pooling,
                      const ProcessGroup& world, Matrix& losses) {
@@ -151,6 +199,7 @@ void GroupPlanner::collect(std::span<SiteConversion> sites, const std::vector<st
   for (SiteConversion& site : sites) {
     site.keys.clear();
     site.values.clear();
+    site.outputs.clear();
     std::array<double, 4> sums{};
     for (index_t g = 0; g < site.target.kv_groups; ++g) {
       const std::size_t rank = turn++ % bytes.size();
@@ -164,6 +213,74 @@ void GroupPlanner::collect(std::span<SiteConversion> sites, const std::vector<st
     site.score_loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
     site.output_loss = sums[3] > 0 ? sums[2] / sums[3] : 0;
     site.score_error = sums[0] / static_cast<double>(site.query_heads);
+  }
+}
+
+std::vector<std::vector<Matrix>> GroupPlanner::shared_values(std::span<const SiteConversion> sites) const {
+  std::vector<std::vector<Matrix>> result;
+  world_.run_together([&] {
+    for (const SiteConversion& site : sites) {
+      world_.heartbeat().beat("merging heads");
+      std::vector<Matrix>& of_site = result.emplace_back();
+      const index_t n = site.heads_per_group();
+      for (index_t g = 0; g < site.target.kv_groups; ++g) {
+        std::vector<Matrix> heads;
+        for (index_t i = 0; i < n; ++i) {
+          heads.push_back(read_head(reader_, site.parent.prefix + "v.weight",
+                                    site.order[static_cast<std::size_t>(g * n + i)], parent_.d_kv,
+                                    parent_.d_model));
+        }
+        of_site.push_back(product(site.values[static_cast<std::size_t>(g)].combine, stack(heads)));
+      }
+    }
+  });
+  return result;
+}
+
+// The parent's output weights of a group's query heads, side by side [d_model, m].
+Matrix GroupPlanner::group_outputs(const SiteConversion& site, index_t group) const {
+  std::vector<Matrix> transposed;
+  for (const index_t head : site.query_heads_of(group)) {
+    transposed.push_back(
+        read_output_head(reader_, site.parent.prefix + "o.weight", head, parent_.d_kv, parent_.d_model)
+            .transposed());
+  }
+  return stack(transposed).transposed();
+}
+
+void GroupPlanner::fit_outputs(std::span<SiteConversion> sites,
+                               std::span<const OutputMoments> moments) const {
+  index_t turn = 0;
+  for (std::size_t s = 0; s < sites.size(); ++s) {
+    SiteConversion& site = sites[s];
+    if (site.heads_per_group() == 1) continue;
+    const index_t first_turn = turn;
+    std::string mine;
+    world_.run_together([&] {
+      for (index_t g = 0; g < site.target.kv_groups; ++g) {
+        if (turn++ % world_.size() != world_.rank()) continue;
+        world_.heartbeat().beat("fitting outputs");
+        const auto group = static_cast<std::size_t>(g);
+        const FittedOutputs fitted =
+            fit(moments[s].before[group], moments[s].across[group], moments[s].after[group],
+                block_diagonal(site.values[group].mix, site.queries_per_head()), group_outputs(site, g));
+        append(mine, fitted.sums);
+        append(mine, fitted.outputs.values);
+      }
+    });
+    // One site at a time: of few groups the matrices are large.
+    const std::vector<std::string> bytes = world_.all_gather(mine);
+    std::vector<std::size_t> at(bytes.size());
+    const index_t width = site.query_heads / site.target.kv_groups * parent_.d_kv;
+    std::array<double, 2> sums{};
+    for (index_t g = 0; g < site.target.kv_groups; ++g) {
+      const auto rank = static_cast<std::size_t>((first_turn + g) % world_.size());
+      std::array<double, 2> of_group{};
+      take(bytes[rank], at[rank], of_group);
+      for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += of_group[i];
+      take(bytes[rank], at[rank], site.outputs.emplace_back(width, width).values);
+    }
+    site.output_loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
   }
 }
 

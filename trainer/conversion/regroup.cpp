@@ -129,12 +129,16 @@ void ConvertingReader::read_left(const ShardedTensor& to, const Change& change) 
   const Slice& slice = to.slice;
   check(slice.dim == (query ? 0 : 1) && slice.begin % d_kv_ == 0 && slice.end % d_kv_ == 0,
         "the slice of '{}' that is to be filled is not of whole heads", to.name);
+  if (!query && !site.outputs.empty()) {
+    read_outputs(to, site);
+    return;
+  }
   const std::vector<SharedHead>& groups = query ? site.keys : site.values;
   const index_t queries = site.queries_per_head(), heads = site.heads_per_group();
   Matrix columns(d_model_, query ? 0 : slice.end - slice.begin);  // of outputs
   for (index_t slot = slice.begin / d_kv_; slot < slice.end / d_kv_; ++slot) {
     const index_t shared = slot / queries;  // the slot's key/value head, in the plan's order
-    const index_t head = site.order[static_cast<std::size_t>(shared)] * queries + slot % queries;
+    const index_t head = site.query_head_in(slot);
     const Matrix* const mix =
         groups.empty()
             ? nullptr
@@ -153,6 +157,29 @@ void ConvertingReader::read_left(const ShardedTensor& to, const Change& change) 
     }
   }
   if (!query) store(columns, to.local);
+}
+
+// The output weights of whole groups, of which the slice's columns are kept.
+void ConvertingReader::read_outputs(const ShardedTensor& to, const SiteConversion& site) const {
+  const Slice& slice = to.slice;
+  const index_t width = site.query_heads / site.target.kv_groups * d_kv_;
+  Matrix columns(d_model_, slice.end - slice.begin);
+  for (index_t group = slice.begin / width; group * width < slice.end; ++group) {
+    std::vector<Matrix> heads;
+    for (const index_t head : site.query_heads_of(group)) {
+      heads.push_back(read_output_head(reader_, to.name, head, d_kv_, d_model_).transposed());
+    }
+    const index_t begin = std::max(slice.begin, group * width),
+                  end = std::min(slice.end, (group + 1) * width);
+    const Matrix part = product(stack(heads),
+                                site.outputs[static_cast<std::size_t>(group)].column_block(
+                                    begin - group * width, end - group * width),
+                                Transpose::kYes);
+    for (index_t i = 0; i < d_model_; ++i) {
+      std::copy(part.row(i), part.row(i) + part.columns, columns.row(i) + begin - slice.begin);
+    }
+  }
+  store(columns, to.local);
 }
 
 // One group at a time: the heads of a group are all that is ever held beside the result.
@@ -196,11 +223,11 @@ void ConvertingReader::read_shared(const ShardedTensor& to, const Change& change
 void ConvertingReader::read_bias(const ShardedTensor& to, const Change& change) const {
   const SiteConversion& site = *change.site;
   check(to.slice.dim == 1, "the slice of '{}' that is to be filled is not of columns", to.name);
-  const index_t buckets = to.shape[0], queries = site.queries_per_head();
+  const index_t buckets = to.shape[0];
   Matrix columns(buckets, to.slice.end - to.slice.begin);
   Matrix column(buckets, 1);
   for (index_t slot = to.slice.begin; slot < to.slice.end; ++slot) {
-    const index_t head = site.order[static_cast<std::size_t>(slot / queries)] * queries + slot % queries;
+    const index_t head = site.query_head_in(slot);
     reader_.read(to.name, 1, head, head + 1, Tensor(column.values.data(), DType::kFloat64, {buckets, 1}));
     for (index_t i = 0; i < buckets; ++i) columns(i, slot - to.slice.begin) = column(i, 0);
   }

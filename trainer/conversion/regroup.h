@@ -55,6 +55,7 @@ class ConvertingReader {
   };
   static std::map<std::string, Change> changes_of(const ConversionPlan& plan);
   void read_left(const ShardedTensor& to, const Change& change) const;
+  void read_outputs(const ShardedTensor& to, const SiteConversion& site) const;
   void read_shared(const ShardedTensor& to, const Change& change) const;
   void read_bias(const ShardedTensor& to, const Change& change) const;
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "trainer/run/moment_probe.h"
+#include "trainer/run/output_probe.h"
 
 namespace regroup {
 
@@ -20,5 +21,12 @@ struct CalibrationOptions {
 // of the mesh; errors as MomentProbe.
 std::vector<SecondMoments> calibrate(ModelRunner& runner, const Mesh& mesh, const ProcessGroup& world,
                                      const Samples& training, const CalibrationOptions& options);
+
+// The moments of what planned attentions pass on (see OutputProbe), over the same samples. Collective as
+// above.
+std::vector<OutputMoments> calibrate_outputs(ModelRunner& runner, const Mesh& mesh, const ProcessGroup& world,
+                                             const Samples& training, index_t samples,
+                                             std::span<const SiteConversion> sites,
+                                             std::span<const std::vector<Matrix>> shared);
 
 }  // namespace regroup

@@ -86,6 +86,11 @@ ParentConversion plan_parent(const Options& options, const ProcessGroup& world, 
                        {.samples = options.calibration_batches * options.batch_size,
                         .sites = std::vector<index_t>(sites.begin(), sites.end())});
     };
+    calibration.outputs = [&](std::span<const SiteConversion> sites,
+                              std::span<const std::vector<Matrix>> shared) {
+      return calibrate_outputs(*runner, mesh, world, *data.training,
+                               options.calibration_batches * options.batch_size, sites, shared);
+    };
   }
   std::optional<CheckpointReader> reader;
   world.run_together([&] { reader.emplace(source.directory); });
@@ -98,6 +103,7 @@ ParentConversion plan_parent(const Options& options, const ProcessGroup& world, 
   for (SiteConversion& site : result.report.sites) {
     site.keys.clear();
     site.values.clear();
+    site.outputs.clear();
   }
   return result;
 }

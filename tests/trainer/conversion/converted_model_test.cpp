@@ -293,5 +293,70 @@ TEST_F(ConvertedModelTest, HalfPrecisionConvertsAsItsFloatValues) {
   }
 }
 
+// What heads pass on before and after a conversion, where the one is a known linear map of the other.
+struct KnownOutputs {
+  // Of a group [m, m].
+  static Matrix map_of(const SiteConversion& site, index_t group) {
+    const index_t size = site.query_heads / site.target.kv_groups * 5;
+    return test::random_matrix(fmt::format("map {} {}", site.parent.prefix, group), size, size);
+  }
+  std::vector<OutputMoments> operator()(std::span<const SiteConversion> sites,
+                                        std::span<const std::vector<Matrix>> shared) const {
+    std::vector<OutputMoments> result;
+    for (std::size_t s = 0; s < sites.size(); ++s) {
+      EXPECT_EQ(std::ssize(shared[s]), sites[s].target.kv_groups);
+      OutputMoments& moments = result.emplace_back();
+      for (index_t g = 0; g < sites[s].target.kv_groups; ++g) {
+        const Matrix map = map_of(sites[s], g);
+        const Matrix after = test::random_moments("after", map.rows, 6 * map.rows);
+        const Matrix across = product(map, after);
+        moments.before.push_back(product(across, map, Transpose::kNo, Transpose::kYes));
+        moments.across.push_back(across);
+        moments.after.push_back(after);
+      }
+    }
+    return result;
+  }
+};
+
+TEST_F(ConvertedModelTest, OutputsAreFittedToWhatHeadsPassOnTogether) {
+  const Model values = random_model(parent);
+  store(values);
+  ModelConfig target = model(2, 4);
+  target.site_kv_groups = {2, 8, 4, 1};
+  ConversionOptions options = {.pooling = Pooling::kCalibrated, .grouping = Grouping::kSimilarity};
+  Calibration with_outputs = calibration(options);
+  const ConversionPlan plain = plan_conversion(world, *reader, parent, target, options, with_outputs);
+  with_outputs.outputs = KnownOutputs();
+  const ConversionPlan fitted = plan_conversion(world, *reader, parent, target, options, with_outputs);
+  const Model before = load(*reader, parent, plain, 1), after = load(*reader, parent, fitted, 1);
+  for (const int tp : {2, 4}) EXPECT_EQ(load(*reader, parent, fitted, tp), after) << tp;
+  for (const SiteConversion& site : fitted.sites) {
+    if (site.heads_per_group() == 1) {
+      EXPECT_TRUE(site.outputs.empty());
+      continue;
+    }
+    EXPECT_LT(site.output_loss, 1e-5) << describe(site.parent);
+    const std::string name = site.parent.prefix + "o.weight";
+    const Matrix own = matrix_of(values, name, 8 * 5), converted = matrix_of(after, name, 8 * 5);
+    const index_t size = 8 / site.target.kv_groups * 5;
+    for (index_t g = 0; g < site.target.kv_groups; ++g) {
+      const Matrix& outputs = site.outputs[static_cast<std::size_t>(g)];
+      EXPECT_LT(test::relative_distance(KnownOutputs::map_of(site, g), outputs), 1e-2);
+      std::vector<Matrix> heads;
+      for (const index_t head : site.query_heads_of(g)) {
+        heads.push_back(own.column_block(head * 5, (head + 1) * 5).transposed());
+      }
+      EXPECT_LT(test::relative_distance(product(stack(heads), outputs, Transpose::kYes),
+                                        converted.column_block(g * size, (g + 1) * size)),
+                kFloatRounding);
+    }
+  }
+  // Nothing else notices.
+  for (const auto& [name, weight] : before) {
+    EXPECT_TRUE(name.ends_with("o.weight") || after.at(name) == weight) << name;
+  }
+}
+
 }  // namespace
 }  // namespace regroup

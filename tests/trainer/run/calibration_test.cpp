@@ -2,6 +2,7 @@
 #include "trainer/run/calibration.h"
 
 #include <cmath>
+#include <map>
 #include <numeric>
 
 #include <gtest/gtest.h>
@@ -155,6 +156,8 @@ class NaiveProbe final : public AttentionProbe {
   }
 
   const Batch* batch = nullptr;  // the one that is observed
+  // Of each site, z of every real query and head, the heads of a query one behind the other.
+  std::map<index_t, std::vector<std::vector<double>>> passed_on;
 
   void observe(Step& step, const View& view) override {
     const bool encoder = view.site < 2, cross = view.site == 3 || view.site == 5;
@@ -196,6 +199,7 @@ class NaiveProbe final : public AttentionProbe {
             for (std::size_t d = 0; d < z.size(); ++d) z[d] += share * value[d];
           }
           add_square(moments_[at].attended, z.data(), 1);
+          passed_on[view.site].push_back(std::move(z));
         }
       }
     }
@@ -225,15 +229,110 @@ class NaiveProbe final : public AttentionProbe {
   std::vector<double> queries_, keys_;
 };
 
-std::vector<SecondMoments> naive(Rig& rig) {
-  const ModelConfig& config = rig.runner.parameters().config();
-  NaiveProbe probe(config.d_model);
+NaiveProbe look(Rig& rig) {
+  NaiveProbe probe(rig.runner.parameters().config().d_model);
   for (index_t first = 0; first < kSamples; first += 3) {
     const Batch batch = batch_of(first, std::min<index_t>(3, kSamples - first));
     probe.batch = &batch;
     rig.runner.observe(batch, probe);
   }
-  return probe.take(config.num_heads);
+  return probe;
+}
+
+std::vector<SecondMoments> naive(Rig& rig) {
+  return look(rig).take(rig.runner.parameters().config().num_heads);
+}
+
+// Conversions of an encoder's, a decoder's self- and a cross-attention of tiny(), with heads out of order,
+// and shared heads that nobody computed.
+struct SomePlan {
+  SomePlan() {
+    const std::vector<AttentionSite> all = attention_sites(tiny());
+    const std::vector<std::pair<std::size_t, std::vector<index_t>>> orders = {
+        {0, {2, 0, 3, 1}}, {3, {1, 0}}, {4, {0, 1}}};
+    for (const auto& [place, order] : orders) {
+      SiteConversion site{.parent = all[place], .target = all[place], .query_heads = 4, .order = order};
+      site.target.kv_groups /= 2;
+      std::vector<Matrix>& heads = shared.emplace_back();
+      for (index_t g = 0; g < site.target.kv_groups; ++g) {
+        Matrix& head = heads.emplace_back(tiny().d_kv, tiny().d_model);
+        const Philox philox(kSeed, RandomPurpose::kTest, 100 * place + static_cast<std::uint64_t>(g));
+        for (std::size_t i = 0; i < head.values.size(); ++i) head.values[i] = philox.normal(i);
+      }
+      sites.push_back(std::move(site));
+      places.push_back(static_cast<index_t>(place));
+    }
+  }
+  std::vector<SiteConversion> sites;
+  std::vector<std::vector<Matrix>> shared;
+  std::vector<index_t> places;
+};
+
+std::vector<OutputMoments> measure_outputs(Rig& rig, const SomePlan& plan) {
+  OutputProbe probe(rig.runner, rig.mesh, plan.sites, plan.shared);
+  const index_t end = kSamples * (rig.mesh.dp_rank() + 1) / rig.mesh.dp_size();
+  for (index_t first = kSamples * rig.mesh.dp_rank() / rig.mesh.dp_size(); first < end; first += 3) {
+    const Batch batch = batch_of(first, std::min<index_t>(3, end - first));
+    probe.begin(batch);
+    rig.runner.observe(batch, probe);
+  }
+  return probe.take(rig.group);
+}
+
+// The definition, query by query, from what the heads attend to and the values' weights.
+std::vector<OutputMoments> naive_outputs(Rig& rig, const SomePlan& plan) {
+  const NaiveProbe probe = look(rig);
+  const index_t d = tiny().d_kv, width = tiny().d_model;
+  std::vector<OutputMoments> result;
+  for (std::size_t s = 0; s < plan.sites.size(); ++s) {
+    const SiteConversion& site = plan.sites[s];
+    const Tensor weight = rig.runner.parameters().parameter(site.parent.prefix + "v.weight").weight;
+    std::vector<float> floats(static_cast<std::size_t>(weight.numel()));
+    rig.backend->copy_to_host(weight, floats.data());
+    Matrix values(weight[0], width);
+    std::copy(floats.begin(), floats.end(), values.values.begin());
+    const auto& z = probe.passed_on.at(plan.places[s]);
+    const index_t heads = site.query_heads / site.target.kv_groups,
+                  queries = static_cast<index_t>(z.size()) / 4;
+    OutputMoments& moments = result.emplace_back();
+    for (index_t g = 0; g < site.target.kv_groups; ++g) {
+      Matrix a(queries, heads * d), b(queries, heads * d);
+      for (index_t slot = 0; slot < heads; ++slot) {
+        const index_t head = site.query_head_in(g * heads + slot), kept = head / site.queries_per_head();
+        const Matrix own = values.row_block(kept * d, (kept + 1) * d);
+        for (index_t i = 0; i < queries; ++i) {
+          Matrix x(width, 1);
+          x.values = z[static_cast<std::size_t>(i * 4 + head)];
+          const Matrix before = product(own, x),
+                       after = product(plan.shared[s][static_cast<std::size_t>(g)], x);
+          std::copy(before.values.begin(), before.values.end(), a.row(i) + slot * d);
+          std::copy(after.values.begin(), after.values.end(), b.row(i) + slot * d);
+        }
+      }
+      const auto moment = [&](const Matrix& left, const Matrix& right) {
+        Matrix sum = product(left, right, Transpose::kYes);
+        for (double& value : sum.values) value /= static_cast<double>(queries);
+        return sum;
+      };
+      moments.before.push_back(moment(a, a));
+      moments.across.push_back(moment(a, b));
+      moments.after.push_back(moment(b, b));
+    }
+  }
+  return result;
+}
+
+void expect_near(const std::vector<OutputMoments>& moments, const std::vector<OutputMoments>& expected,
+                 double tolerance, const std::string& where) {
+  ASSERT_EQ(moments.size(), expected.size()) << where;
+  for (std::size_t s = 0; s < moments.size(); ++s) {
+    ASSERT_EQ(moments[s].before.size(), expected[s].before.size()) << where;
+    for (std::size_t g = 0; g < moments[s].before.size(); ++g) {
+      EXPECT_LT(distance(moments[s].before[g].values, expected[s].before[g].values), tolerance) << where << s;
+      EXPECT_LT(distance(moments[s].across[g].values, expected[s].across[g].values), tolerance) << where << s;
+      EXPECT_LT(distance(moments[s].after[g].values, expected[s].after[g].values), tolerance) << where << s;
+    }
+  }
 }
 
 class Calibration : public testing::TestWithParam<DeviceKind> {};
@@ -267,6 +366,18 @@ TEST_P(Calibration, EveryLayoutGivesTheSame) {
   for (int tp = 1; tp <= world.size(); tp *= 2) {
     Rig rig(GetParam(), world, {.data_parallel = world.size() / tp, .tensor_parallel = tp});
     expect_near(measure(rig), expected, 1e-5, fmt::format("tp {}", tp));
+  }
+}
+
+TEST_P(Calibration, OutputsAreWhatTheySayTheyAre) {
+  const SomePlan plan;
+  Rig rig(GetParam(), alone(), {});
+  const std::vector<OutputMoments> expected = naive_outputs(rig, plan);
+  expect_near(measure_outputs(rig, plan), expected, 1e-5, "one rank, site ");
+  const ProcessGroup world = ProcessGroup::world();
+  for (int tp = 2; tp <= world.size(); tp *= 2) {
+    Rig other(GetParam(), world, {.data_parallel = world.size() / tp, .tensor_parallel = tp});
+    expect_near(measure_outputs(other, plan), expected, 1e-5, fmt::format("tp {}, site ", tp));
   }
 }
 
