@@ -86,7 +86,7 @@ struct Options {
   std::string grouping = "position";  // or similarity
   std::string kv_budget = "even";     // or uneven
   index_t calibration_batches = 8;    // of batch-size sequences
-  index_t calibration_memory = 0;     // MiB of a rank for moments; 0: those of all attentions at once
+  index_t calibration_memory = 4096;  // MiB of a rank for moments; 0: those of all attentions at once
 
   // Checkpoints and evaluation.
   index_t save_every = 1000, keep_last = 2, keep_every = 0;

@@ -112,6 +112,14 @@ class ConvertTest(SystemTest):
         self.assertEqual([line["step"] for line in harness.metrics(second, "train")],
                          list(range(PARENT_STEPS + 1, STEPS + 1)))
         self.assert_same_losses(harness.losses(second), harness.losses(run), 1e-4)
+        # The gap to recover is still the one to the multi-head parent.
+        self.assert_relative(again[PARENT_STEPS, "parent"], losses[PARENT_STEPS, "parent"], 1e-5)
+        state = json.loads((step_directory(second, STEPS) / "trainer.json").read_text())
+        self.assertEqual(state["conversion"], self.report(converted)["provenance"])
+        outcome = self.train(["--report", "--runs", self.parent, converted, second], ranks=1)
+        self.assertIn("| converted | MQA |", outcome.stdout)
+        self.assert_refused(harness.run(["--pretrain", "--corpus", self.corpus, "--run", converted, *MODEL, *TRAINING,
+                                         "--steps", 100, "--kv-groups", 1]), "mode was \"convert\"")
 
     def test_an_uneven_uptraining_resumes_after_a_kill(self):
         command = ["--uptrain", "--corpus", self.corpus, "--init-from", self.parent, *TRAINING, "--kv-groups", 2, "--alpha",
@@ -133,6 +141,27 @@ class ConvertTest(SystemTest):
             self.assertEqual(harness.digest(step_directory(run, last) / file),
                              harness.digest(step_directory(whole, last) / file))
         self.assert_refused(harness.run([*harness.changed(command, "--kv-budget", "even"), "--run", run]), "kv-budget")
+
+    def test_what_is_measured_decides_nothing_else(self):
+        # The same heads share with and without a corpus.
+        orders = []
+        for corpus in (True, False):
+            output = self.folder / f"corpus-{corpus}"
+            self.convert(output, "one", 2, "--pooling", "mean", "--grouping", "similarity", corpus=corpus)
+            orders.append([site["heads"] for site in self.report(output)["attentions"]])
+        self.assertEqual(orders[0], orders[1])
+
+    def test_similar_heads_of_an_uneven_parent(self):
+        uneven, again = self.folder / "uneven", self.folder / "again"
+        self.train(["--pretrain", "--corpus", self.corpus, "--run", self.folder / "deep", *harness.changed(MODEL, "--layers", 2),
+                    *TRAINING, "--steps", 8], ranks=1)
+        self.train(["--convert", "--init-from", self.folder / "deep", "--output", uneven, "--kv-groups", 2, "--pooling",
+                    "spectral"], ranks=1)
+        config = step_directory(uneven, 8) / "config.json"
+        self.assertIn("num_key_value_heads", config.read_text())
+        self.train(["--convert", "--init-from", uneven, "--output", again, "--kv-groups", 1, "--pooling", "spectral",
+                    "--grouping", "similarity"], ranks=1)
+        self.assertEqual({site["groups_before"] for site in self.report(again)["attentions"]}, {2})
 
     def test_a_bare_model(self):
         model = self.folder / "model"

@@ -31,13 +31,17 @@ void open_data(const Options& options, const CheckpointSource& source, Conversio
 // The parent's state with the new model: to train on from it is to train on from the parent.
 RunState converted_state(const Options& options, const CheckpointSource& source,
                          const ConversionReport& report) {
-  RunState state = source.state.value_or(RunState());
-  if (!source.state) state.step = options.parent_steps;
-  state.first_step = state.step;
+  RunState state;
+  state.step = state.first_step = source.state ? source.state->step : options.parent_steps;
+  if (source.state) {
+    state.samples = source.state->samples;
+    state.identity = source.state->identity;
+  }
   state.parent = source.directory.string();
   state.parent_loss = report.parent_loss;
   state.converted_loss = report.converted_loss;
   state.conversion = to_json(report.provenance);
+  state.identity["mode"] = "convert";
   state.identity["model"] = nlohmann::json::parse(to_json(report.target));
   return state;
 }
@@ -55,10 +59,25 @@ std::map<std::string, std::string> small_files(const CheckpointSource& source, c
   return texts;
 }
 
+// The output, for this job alone; refused where a checkpoint is there.
+void take_output(RunDirectory& directory) {
+  const auto refuse_a_run = [&directory] {
+    if (const auto step = directory.newest()) {
+      UserError error("{} has a checkpoint of step {} already; give another --output",
+                      directory.path().string(), *step);
+      error.set_on_every_rank();
+      throw error;
+    }
+  };
+  refuse_a_run();
+  directory.take();
+  refuse_a_run();  // another job may have had it until now
+}
+
 }  // namespace
 
 int convert_command(const Options& asked, const ProcessGroup& world, const Log& log) {
-  const Watchdog watchdog(world, asked.hang_timeout, log);
+  Watchdog watchdog(world, asked.hang_timeout, log);
   Options options = asked;
   const CheckpointSource source = find_checkpoint(world, options.init_from);
   ModelConfig target;
@@ -73,15 +92,12 @@ int convert_command(const Options& asked, const ProcessGroup& world, const Log& 
     layout = complete_layout(options.layout, world.size());
     validate_tensor_parallel(source.config, layout.tensor_parallel);
     validate_tensor_parallel(target, layout.tensor_parallel);
+    require_budget_fits(options, source.config, layout.tensor_parallel);
     open_data(options, source, data);
   });
-  if (const auto step = directory.newest()) {
-    UserError error("{} has a checkpoint of step {} already; give another --output", options.output.string(),
-                    *step);
-    error.set_on_every_rank();
-    throw error;
-  }
   verify_checkpoint(world, source);
+  take_output(directory);
+  watchdog.use_board(world, options.output);
   const RankDevice device = open_device(options, world, log);
   const Mesh mesh(world, layout, conversion_groups(options, source.config, target), device.communicators);
   const index_t micro_batch = evaluation_micro_batch(options);
@@ -92,7 +108,6 @@ int convert_command(const Options& asked, const ProcessGroup& world, const Log& 
                                          .micro_batch = micro_batch});
   ConversionReport& report = parent.report;
   world.run_together([&] { validate_tensor_parallel(report.target, layout.tensor_parallel); });
-  directory.take();
 
   std::optional<ModelRunner> runner;
   std::optional<ParameterStore> alone;  // without a corpus nothing runs
@@ -113,16 +128,14 @@ int convert_command(const Options& asked, const ProcessGroup& world, const Log& 
         evaluate(*runner, mesh, *data.heldout, options.evaluation_samples, micro_batch).mean();
   }
   std::map<std::string, std::string> texts;
-  world.run_on(0, [&] {
-    texts = small_files(source, data, report.target);
-    write_conversion_report(options.output, report);
-  });
+  world.run_on(0, [&] { texts = small_files(source, data, report.target); });
   const RunState state = converted_state(options, source, report);
   CheckpointWriter writer(world, layout, *device.backend, directory.checkpoints(),
                           {{.stem = "model", .tensors = sharded_parameters(store)}},
                           {.memory = static_cast<std::uint64_t>(options.save_memory) << 20});
   writer.save(state.step, to_json(state), texts);
   writer.finish();
+  world.run_on(0, [&] { write_conversion_report(options.output, report); });
   if (world.rank() == 0) fmt::print("{}", conversion_table(report));
   log.info("{} is written: give it to --init-from or --checkpoint", options.output.string());
   return 0;

@@ -38,7 +38,10 @@ Row row_of(const ProcessGroup& world, const std::filesystem::path& run) {
           .parent = state.parent_loss};
   row.kind = kind_of(row.config);
   MetricsHistory history;
-  world.run_together([&] { history = read_metrics(run / "metrics.jsonl"); });
+  world.run_together([&] {
+    const std::filesystem::path metrics = run / "metrics.jsonl";
+    if (std::filesystem::exists(metrics)) history = read_metrics(metrics);  // --convert writes none
+  });
   for (const EvaluationMetrics& evaluation : history.evaluations) {
     if (evaluation.name == "held-out") row.after = evaluation.loss;
     if (evaluation.name == "unigram") row.before = evaluation.loss;
@@ -80,7 +83,8 @@ int report_command(const Options& options, const ProcessGroup& world, const Log&
       "bytes/token | "
       "tokens/s |\n|---|---|---|---|---|---|---|---|---|---|\n");
   for (const Row& row : rows) {
-    const std::string gap = std::isfinite(row.parent) ? fmt::format("{:+.4f}", row.after - row.parent) : "-";
+    const std::string gap =
+        std::isfinite(row.after - row.parent) ? fmt::format("{:+.4f}", row.after - row.parent) : "-";
     fmt::print(
         "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n", row.name, row.kind,
         format_count(parameter_count(row.config)), row.steps, loss(row.before), loss(row.after), gap,

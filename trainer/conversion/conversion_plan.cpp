@@ -127,6 +127,18 @@ const SecondMoments* one_of(std::span<const SecondMoments> moments, std::size_t 
   return moments.empty() ? nullptr : &moments[index];
 }
 
+// The self-attentions of a stack share one order of heads, so they need equally many.
+void require_equal_stacks(const ModelConfig& parent) {
+  for (index_t layer = 1; layer < parent.num_decoder_layers; ++layer) {
+    if (parent.self_groups(layer) == parent.self_groups(0)) continue;
+    throw UserError(
+        "grouping = similarity puts the heads of all decoder self-attentions in one order, but the "
+        "checkpoint's layers 0 "
+        "and {} have {} and {} key/value groups; use grouping = position",
+        layer, parent.self_groups(0), parent.self_groups(layer));
+  }
+}
+
 // Cross-attentions by their own losses, the self-attentions of a stack by the sum of theirs, in as many
 // groups as the one with the fewest.
 void order_by_similarity(const GroupPlanner& planner, MomentSource& moments, std::span<SiteConversion> all) {
@@ -138,6 +150,7 @@ void order_by_similarity(const GroupPlanner& planner, MomentSource& moments, std
   moments.each(all, [&](std::span<SiteConversion> sites, std::span<const SecondMoments> of_sites) {
     for (std::size_t s = 0; s < sites.size(); ++s) {
       SiteConversion& site = sites[s];
+      if (site.heads_per_group() == 1) continue;  // it goes along
       Matrix losses = planner.pair_losses(site, one_of(of_sites, s));
       if (site.parent.kind == AttentionKind::kCross) {
         site.order = group_heads(losses, site.target.kv_groups);
@@ -239,14 +252,17 @@ std::vector<index_t> group_choices(const AttentionSite& parent) {
   for (index_t groups = 1; groups <= parent.kv_groups; groups *= 2) {
     if (parent.kv_groups % groups == 0) choices.push_back(groups);
   }
+  if (choices.back() != parent.kv_groups) choices.push_back(parent.kv_groups);
   return choices;
 }
 
 ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader& reader,
                                const ModelConfig& parent, const ModelConfig& target,
                                const ConversionOptions& options, const Calibration& calibration) {
+  const bool similarity = options.grouping == Grouping::kSimilarity && options.pooling != Pooling::kRandom;
   world.run_together([&] {
     validate_conversion(parent, target);
+    if (similarity) require_equal_stacks(parent);
     reader.require(parameter_table(parent));
   });
   check(options.pooling != Pooling::kCalibrated || calibration.measure,
@@ -254,12 +270,15 @@ ConversionPlan plan_conversion(const ProcessGroup& world, const CheckpointReader
   ConversionPlan plan{.options = options, .target = target, .sites = {}};
   const GroupPlanner planner(world, reader, parent, options);
   MomentSource moments(parent, calibration);
+  // What is chosen is a function of the options, not of whether somebody looks on.
+  const Calibration none;
+  MomentSource no_moments(parent, none);
+  MomentSource& decides = options.pooling == Pooling::kCalibrated ? moments : no_moments;
   if (options.budget == Budget::kUneven) {
-    plan.target.site_kv_groups = uneven_groups(planner, moments, parent, target, world);
+    plan.target.site_kv_groups = uneven_groups(planner, decides, parent, target, world);
   }
-  const bool similarity = options.grouping == Grouping::kSimilarity && options.pooling != Pooling::kRandom;
   plan.sites = changing_sites(parent, plan.target, similarity);
-  if (similarity) order_by_similarity(planner, moments, plan.sites);
+  if (similarity) order_by_similarity(planner, decides, plan.sites);
   moments.each(plan.sites, [&](std::span<SiteConversion> sites, std::span<const SecondMoments> of_sites) {
     planner.plan(sites, of_sites);
     if (options.pooling != Pooling::kCalibrated || !calibration.outputs) return;

@@ -91,11 +91,12 @@ struct Calibration {
 // and dropout_rate.
 void validate_conversion(const ModelConfig& parent, const ModelConfig& target);
 
-// The numbers of groups that an uneven budget may choose for a site: powers of two that divide the parent's.
+// The numbers of groups that an uneven budget may choose for a site: powers of two that divide the parent's
+// number, and that.
 std::vector<index_t> group_choices(const AttentionSite& parent);
 
 // Plans the conversion of a checkpoint; the ranks share the groups of all attentions and all get the whole
-// plan. kCalibrated needs a calibration; with one, the losses of the others are measured by it too.
+// plan. kCalibrated needs a calibration; of the others it only measures the losses.
 //
 // Similar heads are found per attention, but the self-attentions of a stack share one order of heads, because
 // they share one table of position biases, whose columns follow. kRandom keeps the order, having nothing to

@@ -95,6 +95,21 @@ Matrix stack(std::span<const Matrix> blocks) {
   return result;
 }
 
+Matrix side_by_side(std::span<const Matrix> blocks) {
+  check(!blocks.empty(), "no matrices side by side");
+  index_t columns = 0;
+  for (const Matrix& block : blocks) columns += block.columns;
+  Matrix result(blocks.front().rows, columns);
+  index_t at = 0;
+  for (const Matrix& block : blocks) {
+    check(block.rows == result.rows, "heights {} and {} side by side", block.rows, result.rows);
+    for (index_t i = 0; i < block.rows; ++i)
+      std::copy(block.row(i), block.row(i) + block.columns, result.row(i) + at);
+    at += block.columns;
+  }
+  return result;
+}
+
 std::optional<Matrix> cholesky(const Matrix& a) {
   check(a.rows == a.columns, "the Cholesky factor of [{}, {}]", a.rows, a.columns);
   Matrix result = a;

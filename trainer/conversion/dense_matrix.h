@@ -39,8 +39,9 @@ enum class Transpose { kNo, kYes };
 // op(a) op(b).
 Matrix product(const Matrix& a, const Matrix& b, Transpose a_is = Transpose::kNo,
                Transpose b_is = Transpose::kNo);
-// The matrices one below the other; all of one width.
+// The matrices one below the other, all of one width; or side by side, all of one height.
 Matrix stack(std::span<const Matrix> blocks);
+Matrix side_by_side(std::span<const Matrix> blocks);
 
 // Lower triangular L with L L^T = a, which is symmetric (its lower half counts). Nothing where it is not
 // positive definite.

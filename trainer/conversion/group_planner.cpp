@@ -58,7 +58,7 @@ class Measures {
   Pooling pooling_;
 };
 
-GroupResult plan_group(const Measures& measures, std::span<const index_t> heads) {
+GroupResult plan_group(const Measures& measures, std::span<const index_t> heads, Heartbeat& heartbeat) {
   GroupResult result;
   const auto merge = [&](HeadFactors (SiteFactors::*factors)(std::span<const index_t>) const, double* sums) {
     const HeadFactors minimised = (measures.minimised().*factors)(heads);
@@ -71,6 +71,7 @@ GroupResult plan_group(const Measures& measures, std::span<const index_t> heads)
     return shared;
   };
   result.keys = merge(&SiteFactors::scores, result.sums.data());
+  heartbeat.beat("merging heads");
   result.values = merge(&SiteFactors::outputs, result.sums.data() + 2);
   return result;
 }
@@ -140,7 +141,7 @@ FittedOutputs fit(const Matrix& before, const Matrix& across, const Matrix& afte
   for (index_t i = 0; i < error.rows; ++i) {
     for (index_t j = 0; j < error.columns; ++j) error(i, j) += squared(i, j) - mixed(i, j) - mixed(j, i);
   }
-  result.sums = {weighted_trace(w, error), weighted_trace(w, before)};
+  result.sums = {std::max(0.0, weighted_trace(w, error)), weighted_trace(w, before)};
   return result;
 }
 
@@ -182,7 +183,7 @@ void GroupPlanner::plan(std::span<SiteConversion> sites, std::span<const SecondM
                            options_.pooling);
         }
         const auto heads = std::span(sites[s].order).subspan(static_cast<std::size_t>(g) * n, n);
-        const GroupResult result = plan_group(*measures, heads);
+        const GroupResult result = plan_group(*measures, heads, world_.heartbeat());
         append(mine, result.sums);
         if (!merges_products(options_.pooling)) continue;
         append(mine, result.keys);
@@ -239,24 +240,29 @@ std::vector<std::vector<Matrix>> GroupPlanner::shared_values(std::span<const Sit
 
 // The parent's output weights of a group's query heads, side by side [d_model, m].
 Matrix GroupPlanner::group_outputs(const SiteConversion& site, index_t group) const {
-  std::vector<Matrix> transposed;
-  for (const index_t head : site.query_heads_of(group)) {
-    transposed.push_back(
-        read_output_head(reader_, site.parent.prefix + "o.weight", head, parent_.d_kv, parent_.d_model)
-            .transposed());
-  }
-  return stack(transposed).transposed();
+  return side_by_side(read_output_heads(reader_, site.parent.prefix + "o.weight", site.query_heads_of(group),
+                                        parent_.d_kv, parent_.d_model));
 }
 
 void GroupPlanner::fit_outputs(std::span<SiteConversion> sites,
                                std::span<const OutputMoments> moments) const {
-  index_t turn = 0;
-  for (std::size_t s = 0; s < sites.size(); ++s) {
-    SiteConversion& site = sites[s];
-    if (site.heads_per_group() == 1) continue;
-    const index_t first_turn = turn;
-    std::string mine;
-    world_.run_together([&] {
+  // Of few groups the matrices are large: as many sites at a time as a message holds.
+  constexpr index_t kMessage = index_t{1} << 30;
+  const index_t inner = parent_.num_heads * parent_.d_kv;
+  const auto at_once = static_cast<std::size_t>(std::max<index_t>(1, kMessage / (inner * inner * 8)));
+  for (std::size_t begin = 0; begin < sites.size(); begin += at_once) {
+    const std::size_t count = std::min(at_once, sites.size() - begin);
+    fit_some(sites.subspan(begin, count), moments.subspan(begin, count));
+  }
+}
+
+void GroupPlanner::fit_some(std::span<SiteConversion> sites, std::span<const OutputMoments> moments) const {
+  std::string mine;
+  world_.run_together([&] {
+    index_t turn = 0;
+    for (std::size_t s = 0; s < sites.size(); ++s) {
+      const SiteConversion& site = sites[s];
+      if (site.heads_per_group() == 1) continue;
       for (index_t g = 0; g < site.target.kv_groups; ++g) {
         if (turn++ % world_.size() != world_.rank()) continue;
         world_.heartbeat().beat("fitting outputs");
@@ -267,14 +273,17 @@ void GroupPlanner::fit_outputs(std::span<SiteConversion> sites,
         append(mine, fitted.sums);
         append(mine, fitted.outputs.values);
       }
-    });
-    // One site at a time: of few groups the matrices are large.
-    const std::vector<std::string> bytes = world_.all_gather(mine);
-    std::vector<std::size_t> at(bytes.size());
+    }
+  });
+  const std::vector<std::string> bytes = world_.all_gather(mine);
+  std::vector<std::size_t> at(bytes.size());
+  std::size_t turn = 0;
+  for (SiteConversion& site : sites) {
+    if (site.heads_per_group() == 1) continue;
     const index_t width = site.query_heads / site.target.kv_groups * parent_.d_kv;
     std::array<double, 2> sums{};
     for (index_t g = 0; g < site.target.kv_groups; ++g) {
-      const auto rank = static_cast<std::size_t>((first_turn + g) % world_.size());
+      const std::size_t rank = turn++ % bytes.size();
       std::array<double, 2> of_group{};
       take(bytes[rank], at[rank], of_group);
       for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += of_group[i];

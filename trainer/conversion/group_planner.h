@@ -31,6 +31,7 @@ class GroupPlanner {
   Matrix pair_losses(const SiteConversion& site, const SecondMoments* moments) const;
 
  private:
+  void fit_some(std::span<SiteConversion> sites, std::span<const OutputMoments> moments) const;
   Matrix group_outputs(const SiteConversion& site, index_t group) const;
   void collect(std::span<SiteConversion> sites, const std::vector<std::string>& bytes) const;
 

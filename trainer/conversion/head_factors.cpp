@@ -1,5 +1,6 @@
 #include "trainer/conversion/head_factors.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -47,9 +48,16 @@ Matrix read_head(const CheckpointReader& reader, const std::string& name, index_
   return read(reader, name, 0, head * d_kv, Matrix(d_kv, d_model));
 }
 
-Matrix read_output_head(const CheckpointReader& reader, const std::string& name, index_t head, index_t d_kv,
-                        index_t d_model) {
-  return read(reader, name, 1, head * d_kv, Matrix(d_model, d_kv));
+std::vector<Matrix> read_output_heads(const CheckpointReader& reader, const std::string& name,
+                                      std::span<const index_t> heads, index_t d_kv, index_t d_model) {
+  const auto [first, last] = std::minmax_element(heads.begin(), heads.end());
+  // The runs of one head are short, and far apart in the file.
+  const Matrix all = read(reader, name, 1, *first * d_kv, Matrix(d_model, (*last + 1 - *first) * d_kv));
+  std::vector<Matrix> result;
+  for (const index_t head : heads) {
+    result.push_back(all.column_block((head - *first) * d_kv, (head + 1 - *first) * d_kv));
+  }
+  return result;
 }
 
 SiteFactors::SiteFactors(const CheckpointReader& reader, const ModelConfig& parent, const AttentionSite& site,
@@ -87,13 +95,18 @@ HeadFactors SiteFactors::scores(std::span<const index_t> heads) const {
 
 HeadFactors SiteFactors::outputs(std::span<const index_t> heads) const {
   HeadFactors result;
+  std::vector<index_t> readers;
+  for (const index_t head : heads) {
+    for (index_t q = head * queries_per_head_; q < (head + 1) * queries_per_head_; ++q) readers.push_back(q);
+  }
+  const std::vector<Matrix> lefts =
+      read_output_heads(reader_, prefix_ + "o.weight", readers, d_kv_, d_model_);
+  const auto together = static_cast<std::size_t>(queries_per_head_);
+  for (std::size_t first = 0; first < lefts.size(); first += together) {
+    result.products.left.push_back(triangular_factor(stack(std::span(lefts).subspan(first, together))));
+  }
   std::vector<Matrix> rights;
   for (const index_t head : heads) {
-    std::vector<Matrix> lefts;
-    for (index_t q = head * queries_per_head_; q < (head + 1) * queries_per_head_; ++q) {
-      lefts.push_back(read_output_head(reader_, prefix_ + "o.weight", q, d_kv_, d_model_));
-    }
-    result.products.left.push_back(triangular_factor(stack(lefts)));
     rights.push_back(read_head(reader_, prefix_ + "v.weight", head, d_kv_, d_model_));
   }
   result.weights = stack(rights);

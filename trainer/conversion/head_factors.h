@@ -15,9 +15,9 @@ namespace regroup {
 // is not finite.
 Matrix read_head(const CheckpointReader& reader, const std::string& name, index_t head, index_t d_kv,
                  index_t d_model);
-// Columns: [d_model, d_kv].
-Matrix read_output_head(const CheckpointReader& reader, const std::string& name, index_t head, index_t d_kv,
-                        index_t d_model);
+// Columns of several heads, each [d_model, d_kv]. Reads from the first head to the last one at once.
+std::vector<Matrix> read_output_heads(const CheckpointReader& reader, const std::string& name,
+                                      std::span<const index_t> heads, index_t d_kv, index_t d_model);
 
 // Key/value heads and what is on the other side of them.
 struct HeadFactors {

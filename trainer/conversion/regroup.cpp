@@ -21,6 +21,14 @@ void store(const Matrix& from, const Tensor& to) {
                  [](double value) { return static_cast<float>(value); });
 }
 
+// Of a slot; null where left factors stay.
+const Matrix* mix_of(const SiteConversion& site, const std::vector<SharedHead>& groups, index_t slot) {
+  if (groups.empty()) return nullptr;
+  const index_t shared = slot / site.queries_per_head();  // the slot's key/value head, in the plan's order
+  const SharedHead& group = groups[static_cast<std::size_t>(shared / site.heads_per_group())];
+  return &group.mix[static_cast<std::size_t>(shared % site.heads_per_group())];
+}
+
 }  // namespace
 
 void pool_heads(const Tensor& source, const Tensor& out, index_t heads_per_group, index_t d_kv,
@@ -85,11 +93,11 @@ std::set<std::string> ConvertingReader::changed_parameters(const ConversionPlan&
 }
 
 ConvertingReader::ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent,
-                                   const ModelConfig& target, ConversionPlan plan)
+                                   const ModelConfig& target, const ConversionPlan& plan)
     : reader_(reader),
       d_kv_(target.d_kv),
       d_model_(target.d_model),
-      plan_(std::move(plan)),
+      plan_(plan),
       changes_(changes_of(plan_)) {
   validate_conversion(parent, target);
   reader.require(parameter_table(parent));
@@ -115,71 +123,56 @@ void ConvertingReader::read(const ShardedTensor& to) const {
   const Change& change = at->second;
   if (change.role == Role::kBias) {
     read_bias(to, change);
-  } else if (change.role == Role::kQuery || change.role == Role::kOutput) {
-    read_left(to, change);
+  } else if (change.role == Role::kQuery) {
+    read_queries(to, *change.site);
+  } else if (change.role == Role::kOutput) {
+    read_outputs(to, *change.site);
   } else {
     read_shared(to, change);
   }
 }
 
-// Of each slot the parent's head, multiplied by its mix.
-void ConvertingReader::read_left(const ShardedTensor& to, const Change& change) const {
-  const SiteConversion& site = *change.site;
-  const bool query = change.role == Change::Role::kQuery;
+// Of each slot the parent's query head, multiplied by its mix.
+void ConvertingReader::read_queries(const ShardedTensor& to, const SiteConversion& site) const {
   const Slice& slice = to.slice;
-  check(slice.dim == (query ? 0 : 1) && slice.begin % d_kv_ == 0 && slice.end % d_kv_ == 0,
+  check(slice.dim == 0 && slice.begin % d_kv_ == 0 && slice.end % d_kv_ == 0,
         "the slice of '{}' that is to be filled is not of whole heads", to.name);
-  if (!query && !site.outputs.empty()) {
-    read_outputs(to, site);
-    return;
-  }
-  const std::vector<SharedHead>& groups = query ? site.keys : site.values;
-  const index_t queries = site.queries_per_head(), heads = site.heads_per_group();
-  Matrix columns(d_model_, query ? 0 : slice.end - slice.begin);  // of outputs
   for (index_t slot = slice.begin / d_kv_; slot < slice.end / d_kv_; ++slot) {
-    const index_t shared = slot / queries;  // the slot's key/value head, in the plan's order
-    const index_t head = site.query_head_in(slot);
-    const Matrix* const mix =
-        groups.empty()
-            ? nullptr
-            : &groups[static_cast<std::size_t>(shared / heads)].mix[static_cast<std::size_t>(shared % heads)];
+    const Matrix weight = read_head(reader_, to.name, site.query_head_in(slot), d_kv_, d_model_);
+    const Matrix* const mix = mix_of(site, site.keys, slot);
     const index_t at = slot * d_kv_ - slice.begin;
-    if (query) {
-      const Matrix weight = read_head(reader_, to.name, head, d_kv_, d_model_);
-      store(mix == nullptr ? weight : product(*mix, weight, Transpose::kYes),
-            to.local.slice(0, at, at + d_kv_));
-      continue;
-    }
-    const Matrix weight = read_output_head(reader_, to.name, head, d_kv_, d_model_);
-    const Matrix mixed = mix == nullptr ? weight : product(weight, *mix);
-    for (index_t i = 0; i < d_model_; ++i) {
-      std::copy(mixed.row(i), mixed.row(i) + d_kv_, columns.row(i) + at);
-    }
+    store(mix == nullptr ? weight : product(*mix, weight, Transpose::kYes),
+          to.local.slice(0, at, at + d_kv_));
   }
-  if (!query) store(columns, to.local);
 }
 
-// The output weights of whole groups, of which the slice's columns are kept.
+// Of each slot the columns of the parent's head, multiplied by its mix; or of whole groups, where outputs are
+// fitted.
 void ConvertingReader::read_outputs(const ShardedTensor& to, const SiteConversion& site) const {
   const Slice& slice = to.slice;
+  check(slice.dim == 1 && slice.begin % d_kv_ == 0 && slice.end % d_kv_ == 0,
+        "the slice of '{}' that is to be filled is not of whole heads", to.name);
   const index_t width = site.query_heads / site.target.kv_groups * d_kv_;
-  Matrix columns(d_model_, slice.end - slice.begin);
+  std::vector<Matrix> parts;
   for (index_t group = slice.begin / width; group * width < slice.end; ++group) {
-    std::vector<Matrix> heads;
-    for (const index_t head : site.query_heads_of(group)) {
-      heads.push_back(read_output_head(reader_, to.name, head, d_kv_, d_model_).transposed());
-    }
     const index_t begin = std::max(slice.begin, group * width),
                   end = std::min(slice.end, (group + 1) * width);
-    const Matrix part = product(stack(heads),
-                                site.outputs[static_cast<std::size_t>(group)].column_block(
-                                    begin - group * width, end - group * width),
-                                Transpose::kYes);
-    for (index_t i = 0; i < d_model_; ++i) {
-      std::copy(part.row(i), part.row(i) + part.columns, columns.row(i) + begin - slice.begin);
+    if (!site.outputs.empty()) {
+      const Matrix whole =
+          side_by_side(read_output_heads(reader_, to.name, site.query_heads_of(group), d_kv_, d_model_));
+      const Matrix& fitted = site.outputs[static_cast<std::size_t>(group)];
+      parts.push_back(product(whole, fitted.column_block(begin - group * width, end - group * width)));
+      continue;
+    }
+    std::vector<index_t> heads;
+    for (index_t slot = begin / d_kv_; slot < end / d_kv_; ++slot) heads.push_back(site.query_head_in(slot));
+    std::vector<Matrix> weights = read_output_heads(reader_, to.name, heads, d_kv_, d_model_);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const Matrix* const mix = mix_of(site, site.values, begin / d_kv_ + static_cast<index_t>(i));
+      parts.push_back(mix == nullptr ? std::move(weights[i]) : product(weights[i], *mix));
     }
   }
-  store(columns, to.local);
+  store(side_by_side(parts), to.local);
 }
 
 // One group at a time: the heads of a group are all that is ever held beside the result.

@@ -33,10 +33,10 @@ void draw_heads(const Tensor& out, const std::string& name, index_t row_begin, d
 // is, so with equal numbers of groups this is plain reading. Not collective.
 class ConvertingReader {
  public:
-  // UserError as validate_conversion() and CheckpointReader::require(). `reader` outlives it. InternalError
-  // where the plan lacks an attention that changes.
+  // UserError as validate_conversion() and CheckpointReader::require(). `reader` and `plan` outlive it.
+  // InternalError where the plan lacks an attention that changes.
   ConvertingReader(const CheckpointReader& reader, const ModelConfig& parent, const ModelConfig& target,
-                   ConversionPlan plan);
+                   const ConversionPlan& plan);
 
   // Fills `to`, a dense float32 host slice of a parameter of the target, by any partition of whole heads; of
   // the parent's heads it reads those that the slice is made of and no others.
@@ -54,14 +54,14 @@ class ConvertingReader {
     double scale = 0;                      // standard deviation of fresh heads
   };
   static std::map<std::string, Change> changes_of(const ConversionPlan& plan);
-  void read_left(const ShardedTensor& to, const Change& change) const;
+  void read_queries(const ShardedTensor& to, const SiteConversion& site) const;
   void read_outputs(const ShardedTensor& to, const SiteConversion& site) const;
   void read_shared(const ShardedTensor& to, const Change& change) const;
   void read_bias(const ShardedTensor& to, const Change& change) const;
 
   const CheckpointReader& reader_;
   index_t d_kv_, d_model_;
-  ConversionPlan plan_;
+  const ConversionPlan& plan_;
   std::map<std::string, Change> changes_;  // by parameter
 };
 

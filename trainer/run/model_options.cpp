@@ -22,7 +22,8 @@ void inherit(Options& options, const nlohmann::json& identity) {
   const auto take = [&]<class T>(const char* name, T& member) {
     if (options.given.contains(name) || !identity.contains(name)) return;
     member = identity.at(name).get<T>();
-    const std::string value = fmt::format("{}", member);
+    std::string value = fmt::format("{}", member);
+    if constexpr (std::is_same_v<T, bool>) value = member ? "on" : "off";
     const auto known = std::find_if(options.resolved.begin(), options.resolved.end(),
                                     [name](const auto& pair) { return pair.first == name; });
     if (known == options.resolved.end()) {
@@ -39,6 +40,9 @@ void inherit(Options& options, const nlohmann::json& identity) {
   take("schedule", options.schedule);
   take("warmup", options.warmup);
   take("z-loss", options.z_loss);
+  take("weight-decay", options.weight_decay);
+  take("scale-by-rms", options.scale_by_rms);
+  take("max-gradient-norm", options.max_gradient_norm);
   double base = options.learning_rate.value_or(0);
   take("learning-rate", base);
   if (base > 0) options.learning_rate = base;

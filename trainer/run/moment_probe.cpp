@@ -117,6 +117,7 @@ void MomentProbe::observe(Step& /*step*/, const View& view) {
   const Tokens& queries = kind == AttentionKind::kEncoderSelf ? inputs_ : targets_;
   const Tokens& keys = kind == AttentionKind::kDecoderSelf ? targets_ : inputs_;
   const Sums& sums = sums_[static_cast<std::size_t>(place - sites_.begin())];
+  mesh_.heartbeat().beat("calibrating");
   const Tensor x = real_rows(view.query_input, queries);
   add(my_columns(x), x, sums.query);
   const Tensor y = real_rows(view.key_input, keys);
@@ -180,6 +181,7 @@ void MomentProbe::add_attended(const View& view, const Tokens& queries, Tensor s
   const Tensor context = context_.tensor(compute_, {batch * length, width_});
   const Tensor product = product_.tensor(statistic_, {width_, width_});
   for (index_t h = 0; h < heads_; ++h) {
+    mesh_.heartbeat().beat("calibrating");
     const Tensor bias = view.bias ? view.bias.slice(0, h, h + 1) : Tensor();
     for (index_t column = 0; column < width_; column += d_kv_) {
       const index_t first = std::min(column, width_ - d_kv_);  // the last ones may be there already

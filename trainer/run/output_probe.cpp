@@ -79,8 +79,11 @@ void OutputProbe::add_site(const SiteConversion& conversion, std::span<const Mat
   backend_.cast(wide_tensor, site.shared_values.tensor(compute_, {stacked.rows, width_}));
   backend_.synchronize();
 
+  // Group g of site n is tp rank (g + n) % tp's.
+  const auto ranks = static_cast<index_t>(mesh_.tp_size());
+  site.first_group = (mesh_.tp_rank() - std::ssize(sites_) % ranks + ranks) % ranks;
   index_t mine = 0;
-  for (index_t g = mesh_.tp_rank(); g < site.groups; g += mesh_.tp_size()) ++mine;
+  for (index_t g = site.first_group; g < site.groups; g += mesh_.tp_size()) ++mine;
   site.sums = backend_.allocate(wide_bytes(std::max<index_t>(1, mine) * kMoments * site.width * site.width));
   sites_.push_back(std::move(site));
 }
@@ -104,12 +107,13 @@ void OutputProbe::observe(Step& /*step*/, const View& view) {
   const auto site =
       std::find_if(sites_.begin(), sites_.end(), [&view](const Site& one) { return one.place == view.site; });
   if (site == sites_.end()) return;
+  mesh_.heartbeat().beat("calibrating");
   const Rows& queries = site->kind == AttentionKind::kEncoderSelf ? inputs_ : targets_;
   const Tensor shared = site->shared_values.tensor(compute_, {site->parent_values[0], width_});
   const Tensor before = passed_on(view, *site, site->parent_values, queries, before_);
   const Tensor after = passed_on(view, *site, shared, queries, after_);
   index_t mine = 0;
-  for (index_t g = mesh_.tp_rank(); g < site->groups; g += mesh_.tp_size(), ++mine) {
+  for (index_t g = site->first_group; g < site->groups; g += mesh_.tp_size(), ++mine) {
     const Tensor a = before.slice(1, g * site->width, (g + 1) * site->width);
     const Tensor b = after.slice(1, g * site->width, (g + 1) * site->width);
     const auto sum = [&](index_t moment) {
@@ -169,7 +173,7 @@ std::vector<OutputMoments> OutputProbe::take(const ProcessGroup& world) {
     for (index_t g = 0; g < site.groups; ++g) {
       for (index_t m = 0; m < kMoments; ++m) {
         Matrix& moment = all[static_cast<std::size_t>(m)]->emplace_back(site.width, site.width);
-        if (g % mesh_.tp_size() == mesh_.tp_rank()) {
+        if (g % mesh_.tp_size() == site.first_group) {
           const index_t at = (g / mesh_.tp_size() * kMoments + m) * site.width * site.width;
           backend_.copy_to_host(site.sums.tensor(DType::kFloat64, {site.width, site.width}, wide_bytes(at)),
                                 moment.values.data());

@@ -16,7 +16,7 @@ namespace regroup {
 // All memory is taken at construction: on the device 3 x 8 x m^2 bytes a group and the work memory of one
 // attention.
 //
-// The heads of all tensor-parallel ranks are brought together, and group g is summed by tp rank g % tp: in
+// The heads of all tensor-parallel ranks are brought together, and each group is summed by one tp rank: in
 // the type of statistics over one micro-batch, over micro-batches in float64.
 class OutputProbe final : public AttentionProbe {
  public:
@@ -36,6 +36,7 @@ class OutputProbe final : public AttentionProbe {
     index_t place = 0;  // in attention_sites()
     AttentionKind kind = AttentionKind::kCross;
     index_t groups = 0, width = 0;  // of the target; columns of a group
+    index_t first_group = 0;        // of this tp rank, and every tp-th from there
     std::vector<index_t> slots;     // of this rank's query heads, in their order
     Tensor parent_values;           // T [parent's key/value heads of this rank x C, D]
     Buffer shared_values;           // T, the same shape: of each the shared head of its group

@@ -16,18 +16,23 @@ namespace {
 // A checkpoint of this program by its trainer.json, which has the checksums of all its files; another by the
 // bytes of its model.
 std::string checksum_of(const ProcessGroup& world, const CheckpointSource& source) {
-  std::vector<std::filesystem::path> files;
-  world.run_together([&] {
-    const std::filesystem::path state = source.directory / "trainer.json";
-    if (std::filesystem::exists(state)) {
-      files = {state};
-      return;
+  std::string names;  // rank 0's, so that all look at the same
+  world.run_on(0, [&] {
+    std::vector<std::string> all;
+    if (std::filesystem::exists(source.directory / "trainer.json")) {
+      all = {"trainer.json"};
+    } else {
+      for (const auto& entry : std::filesystem::directory_iterator(source.directory)) {
+        if (entry.path().extension() == ".safetensors") all.push_back(entry.path().filename().string());
+      }
     }
-    for (const auto& entry : std::filesystem::directory_iterator(source.directory)) {
-      if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
-    }
-    std::sort(files.begin(), files.end());
+    std::sort(all.begin(), all.end());
+    names = nlohmann::json(all).dump();
   });
+  std::vector<std::filesystem::path> files;
+  for (const nlohmann::json& name : nlohmann::json::parse(world.broadcast(names))) {
+    files.push_back(source.directory / name.get<std::string>());
+  }
   std::string text;
   for (const std::uint64_t checksum : tree_checksums(world, files)) text += fmt::format("{:016x}", checksum);
   return text;
@@ -76,8 +81,8 @@ ParentConversion plan_parent(const Options& options, const ProcessGroup& world, 
   const auto began = std::chrono::steady_clock::now();
   Calibration calibration;
   if (data.training != nullptr) {
-    constexpr index_t kBytesPerMoment = 32;  // of a site's sums and of what is made of them
-    const index_t site_bytes = kBytesPerMoment * source.config.d_model * source.config.d_model;
+    // Of a site's four moments while they are summed, and as they are returned.
+    const index_t site_bytes = 64 * source.config.d_model * source.config.d_model;
     calibration.sites_at_once = options.calibration_memory > 0
                                     ? (options.calibration_memory << 20) / site_bytes
                                     : std::numeric_limits<index_t>::max();
@@ -99,13 +104,31 @@ ParentConversion plan_parent(const Options& options, const ProcessGroup& world, 
   result.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   result.report.parent = source.config;
   result.report.target = result.plan.target;
-  result.report.sites = result.plan.sites;
-  for (SiteConversion& site : result.report.sites) {
-    site.keys.clear();
-    site.values.clear();
-    site.outputs.clear();
+  for (const SiteConversion& site : result.plan.sites) {
+    result.report.sites.push_back({.parent = site.parent,
+                                   .target = site.target,
+                                   .query_heads = site.query_heads,
+                                   .order = site.order,
+                                   .score_loss = site.score_loss,
+                                   .output_loss = site.output_loss,
+                                   .score_error = site.score_error});
   }
   return result;
+}
+
+void require_budget_fits(const Options& options, const ModelConfig& parent, int tensor_parallel) {
+  if (options.kv_budget != "uneven") return;
+  for (const AttentionSite& site : attention_sites(parent)) {
+    if (site.kind == AttentionKind::kEncoderSelf) continue;
+    for (const index_t groups : group_choices(site)) {
+      if (groups % tensor_parallel == 0 || tensor_parallel % groups == 0) continue;
+      throw UserError(
+          "kv-budget = uneven may give an attention {} key/value groups, which {} tensor-parallel ranks "
+          "cannot split; "
+          "use a tensor-parallel that is a power of two, or kv-budget = even",
+          groups, tensor_parallel);
+    }
+  }
 }
 
 std::vector<index_t> conversion_groups(const Options& options, const ModelConfig& parent,
@@ -115,6 +138,7 @@ std::vector<index_t> conversion_groups(const Options& options, const ModelConfig
   groups.insert(groups.end(), of_target.begin(), of_target.end());
   if (options.kv_budget != "uneven") return groups;
   for (const AttentionSite& site : attention_sites(parent)) {
+    if (site.kind == AttentionKind::kEncoderSelf) continue;
     const std::vector<index_t> choices = group_choices(site);
     groups.insert(groups.end(), choices.begin(), choices.end());
   }

@@ -31,6 +31,9 @@ ParentConversion plan_parent(const Options& options, const ProcessGroup& world, 
                              const Mesh& mesh, const CheckpointSource& source, const ModelConfig& target,
                              const ParentData& data);
 
+// UserError where --kv-budget uneven may choose a number of groups that cannot be split over so many ranks.
+void require_budget_fits(const Options& options, const ModelConfig& parent, int tensor_parallel);
+
 // Every number of groups that parent, target, or what an uneven budget makes of it, may have: for the mesh.
 std::vector<index_t> conversion_groups(const Options& options, const ModelConfig& parent,
                                        const ModelConfig& target);

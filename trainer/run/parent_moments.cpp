@@ -14,20 +14,22 @@ std::string parameter_of(const std::string& slot) { return slot.substr(0, slot.r
 
 }  // namespace
 
-MomentOffsets inherited_moments(const CheckpointSource& parent, const ConversionPlan& plan,
-                                const std::string& optimizer) {
+MomentOffsets inherited_moments(const ProcessGroup& world, const CheckpointSource& parent,
+                                const ConversionPlan& plan, const std::string& optimizer) {
   if (!parent.state || parent.state->identity.value("optimizer", "") != optimizer) return {};
-  if (!CheckpointReader::exists(parent.directory, "optimizer")) return {};
-  const std::set<std::string> changed = ConvertingReader::changed_parameters(plan);
-  const CheckpointReader reader(parent.directory, "optimizer");
   MomentOffsets result;
-  for (const StoredTensor* slot : reader.tensors()) {
-    const std::string parameter = parameter_of(slot->name);
-    if (changed.contains(parameter)) continue;
-    const auto own = parent.state->moment_offsets.find(parameter);
-    result[parameter] = own == parent.state->moment_offsets.end() ? parent.state->first_step : own->second;
-  }
-  return result;
+  world.run_on(0, [&] {
+    if (!CheckpointReader::exists(parent.directory, "optimizer")) return;
+    const std::set<std::string> changed = ConvertingReader::changed_parameters(plan);
+    const CheckpointReader reader(parent.directory, "optimizer");
+    for (const StoredTensor* slot : reader.tensors()) {
+      const std::string parameter = parameter_of(slot->name);
+      if (changed.contains(parameter)) continue;
+      const auto own = parent.state->moment_offsets.find(parameter);
+      result[parameter] = own == parent.state->moment_offsets.end() ? parent.state->first_step : own->second;
+    }
+  });
+  return nlohmann::json::parse(world.broadcast(nlohmann::json(result).dump())).get<MomentOffsets>();
 }
 
 void load_moments(const ProcessGroup& world, Backend& backend, const CheckpointSource& parent,

@@ -45,6 +45,7 @@ class TrainingRun {
   void decide();
   nlohmann::json identity() const;
   void plan_conversion();
+  void continue_conversion();
   void build();
   void load();
   void convert_parent();

@@ -86,6 +86,7 @@ void TrainingRun::decide() {
   layout_ = complete_layout(options_.layout, world_.size());
   validate_tensor_parallel(config_, layout_.tensor_parallel);
   if (source_) validate_tensor_parallel(source_->config, layout_.tensor_parallel);
+  if (uptraining() && !resuming()) require_budget_fits(options_, source_->config, layout_.tensor_parallel);
   micro_batch_ = micro_batch_of(options_, layout_.data_parallel);
 }
 
@@ -105,14 +106,27 @@ void TrainingRun::plan_conversion() {
   world_.run_together([&] { validate_tensor_parallel(conversion_.plan.target, layout_.tensor_parallel); });
   state_.parent_loss = conversion_.report.parent_loss;
   state_.conversion = to_json(conversion_.report.provenance);
+  if (conversion_.plan.sites.empty()) continue_conversion();
   config_ = conversion_.plan.target;
   state_.identity = identity();
   if (options_.parent_moments) {
-    world_.run_together(
-        [&] { state_.moment_offsets = inherited_moments(*source_, conversion_.plan, options_.optimizer); });
+    state_.moment_offsets = inherited_moments(world_, *source_, conversion_.plan, options_.optimizer);
   }
   log_.info("the optimizer goes on with the parent's moments of {} of {} parameters",
             state_.moment_offsets.size(), parameter_table(config_).size());
+}
+
+// The source is a converted model that stays as it is: the run is that conversion's. Where it was not trained
+// on since, the gap to recover is the one to its own parent, on these samples.
+void TrainingRun::continue_conversion() {
+  if (!source_->state || source_->state->conversion.is_null()) return;
+  const RunState& converted = *source_->state;
+  state_.conversion = converted.conversion;
+  constexpr double kSameSamples = 1e-3;  // relative
+  if (converted.step == converted.first_step && std::isfinite(converted.parent_loss) &&
+      std::abs(converted.converted_loss - state_.parent_loss) < kSameSamples * state_.parent_loss) {
+    state_.parent_loss = converted.parent_loss;
+  }
 }
 
 void TrainingRun::build() {
@@ -184,8 +198,9 @@ void TrainingRun::start() {
   RankDevice device = open_device(options_, world_, log_);
   backend_ = std::move(device.backend);
   if (resuming()) take_up_tuning();
-  const std::vector<index_t> groups =
-      source_ ? conversion_groups(options_, source_->config, config_) : config_.all_kv_groups();
+  const std::vector<index_t> groups = uptraining() && !resuming()
+                                          ? conversion_groups(options_, source_->config, config_)
+                                          : config_.all_kv_groups();
   mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
   if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
   // Before the model takes its memory.

@@ -299,10 +299,17 @@ TEST_F(PlanTest, RefusesWhatCannotBecomeTheTarget) {
   EXPECT_THAT(refusal([&] { plan(model(3, 8), {}); }), HasSubstr("use one of 1, 2, 4, 8"));
 }
 
-TEST(GroupChoices, ArePowersOfTwoThatDivide) {
+TEST_F(PlanTest, RefusesOneOrderForStacksOfUnequalHeads) {
+  parent.site_kv_groups = {8, 8, 2, 8};
+  write_model(directory / "m.safetensors", parent, random_model(parent));
+  EXPECT_THAT(refusal([&] { plan(model(1, 8), {.grouping = Grouping::kSimilarity}); }),
+              HasSubstr("layers 0 and 1"));
+}
+
+TEST(GroupChoices, ArePowersOfTwoThatDivideAndTheParentsOwn) {
   const auto choices = [](index_t groups) { return group_choices({.kv_groups = groups}); };
   EXPECT_EQ(choices(8), (std::vector<index_t>{1, 2, 4, 8}));
-  EXPECT_EQ(choices(12), (std::vector<index_t>{1, 2, 4}));
+  EXPECT_EQ(choices(12), (std::vector<index_t>{1, 2, 4, 12}));
   EXPECT_EQ(choices(1), (std::vector<index_t>{1}));
 }
 
