@@ -1,7 +1,6 @@
 #include "trainer/checkpoint/checkpoint_reader.h"
 
 #include <algorithm>
-#include <bit>
 #include <functional>
 #include <numeric>
 #include <set>
@@ -12,17 +11,10 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
-#include "trainer/checkpoint/slice_runs.h"
+#include "trainer/checkpoint/safetensors.h"
 
 namespace regroup {
 namespace {
-
-static_assert(std::endian::native == std::endian::little,
-              "safetensors files are read without swapping bytes");
-
-std::string shape_text(const std::vector<index_t>& shape) {
-  return fmt::format("[{}]", fmt::join(shape, ", "));
-}
 
 // Whether transformers may have stored it beside what the model needs.
 bool is_ignorable(std::string_view name) {
@@ -31,7 +23,8 @@ bool is_ignorable(std::string_view name) {
 }
 
 // {tensor: file} of an index file, whose names must be plain: nothing outside its directory is opened.
-std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index) {
+std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index,
+                                                   std::string_view suffix) {
   constexpr std::uint64_t kLimit = std::uint64_t{1} << 28;
   const std::string where = index.string();
   std::set<std::pair<std::string, std::string>> keys;  // of the root, and of its objects
@@ -55,85 +48,13 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
     if (!file.is_string())
       throw UserError("{}: the file of tensor '{}' is not a text", where, printable(tensor));
     const auto name = file.get<std::string>();
-    if (name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos ||
-        !name.ends_with(".safetensors")) {
-      throw UserError(
-          "{}: the file of tensor '{}' must be the name of a .safetensors file in the same directory", where,
-          tensor);
+    if (name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos || !name.ends_with(suffix)) {
+      throw UserError("{}: the file of tensor '{}' must be the name of a {} file in the same directory",
+                      where, printable(tensor), suffix);
     }
     result.emplace(tensor, name);
   }
   return result;
-}
-
-template <class Stored, class Out>
-void convert(const std::byte* from, index_t count, Out* to) {
-  const auto* values = reinterpret_cast<const Stored*>(from);
-  for (index_t i = 0; i < count; ++i) {
-    if constexpr (std::is_same_v<Stored, std::uint16_t>) {
-      to[i] = static_cast<Out>(half_to_float(values[i]));
-    } else if constexpr (std::is_same_v<Stored, bfloat16>) {
-      to[i] = static_cast<Out>(static_cast<float>(values[i]));
-    } else {
-      to[i] = static_cast<Out>(values[i]);
-    }
-  }
-}
-
-template <class Out>
-void convert(StoredType type, const std::byte* from, index_t count, Out* to) {
-  switch (type) {
-    case StoredType::kF64:
-      return convert<double>(from, count, to);
-    case StoredType::kF32:
-      return convert<float>(from, count, to);
-    case StoredType::kF16:
-      return convert<std::uint16_t>(from, count, to);
-    case StoredType::kBF16:
-      return convert<bfloat16>(from, count, to);
-    default:
-      throw InternalError("{} cannot be converted", name_of(type));
-  }
-}
-
-bool is_floating(StoredType type) {
-  return type == StoredType::kF64 || type == StoredType::kF32 || type == StoredType::kF16 ||
-         type == StoredType::kBF16;
-}
-
-// Reads elements of `type` and converts them into `out`, a few MiB at a time so that little is staged.
-void read_converted(const InputFile& file, std::uint64_t begin, const SliceRuns& runs, StoredType type,
-                    const Tensor& out) {
-  constexpr std::uint64_t kStaged = std::uint64_t{4} << 20;
-  const auto width = static_cast<std::uint64_t>(size_of(type));
-  std::vector<std::byte> staged;
-  index_t at = 0;
-  const auto convert_part = [&](std::uint64_t offset, const SliceRuns& part) {
-    staged.resize(part.count * part.bytes);
-    read_runs(file, offset, part, staged.data());
-    const auto count = static_cast<index_t>(staged.size() / width);
-    if (out.dtype == DType::kFloat64) {
-      convert(type, staged.data(), count, out.as<double>() + at);
-    } else {
-      convert(type, staged.data(), count, out.as<float>() + at);
-    }
-    at += count;
-  };
-  if (runs.bytes >= kStaged) {
-    runs.for_each_within(0, runs.count * runs.stride, [&](std::uint64_t from, std::uint64_t bytes) {
-      for (std::uint64_t done = 0; done < bytes; done += kStaged) {
-        const std::uint64_t part = std::min(kStaged, bytes - done);
-        convert_part(begin + from + done, {.offset = 0, .count = 1, .bytes = part, .stride = part});
-      }
-    });
-    return;
-  }
-  const std::uint64_t together = std::max<std::uint64_t>(1, kStaged / std::max<std::uint64_t>(1, runs.bytes));
-  for (std::uint64_t run = 0; run < runs.count; run += together) {
-    SliceRuns part = runs;
-    part.count = std::min(together, runs.count - run);
-    convert_part(begin + run * runs.stride, part);
-  }
 }
 
 // "3 missing (a, b, c)", at most a line of them.
@@ -156,29 +77,18 @@ std::map<std::string, std::vector<index_t>> shapes_of(const Table& table) {
 
 }  // namespace
 
-float half_to_float(std::uint16_t bits) {
-  const std::uint32_t sign = (bits & 0x8000U) << 16;
-  const std::uint32_t exponent = (bits >> 10) & 0x1FU;
-  const std::uint32_t fraction = bits & 0x3FFU;
-  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24, exact in a float
-    return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(static_cast<float>(fraction) * 0x1p-24F));
-  }
-  const std::uint32_t rebiased = exponent == 31 ? 255 : exponent + 127 - 15;
-  return std::bit_cast<float>(sign | (rebiased << 23) | (fraction << 13));
-}
-
 CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std::string& stem) : path_(path) {
   std::error_code ignored;
   const auto single = path / (stem + ".safetensors");
   const auto index = path / (stem + ".safetensors.index.json");
   if (std::filesystem::is_regular_file(path, ignored)) {
-    add_file(path);
+    add(open_file(path));
   } else if (!std::filesystem::is_directory(path, ignored)) {
     throw UserError("there is no checkpoint at {}: no such file or directory", path.string());
   } else if (std::filesystem::exists(single, ignored)) {
-    add_file(single);
+    add(open_file(single));
   } else if (std::filesystem::exists(index, ignored)) {
-    open_indexed(index);
+    open_indexed(index, ".safetensors");
   } else {
     throw UserError("there is no checkpoint in {}: it has neither {} nor {}", path.string(),
                     single.filename().string(), index.filename().string());
@@ -191,22 +101,27 @@ bool CheckpointReader::exists(const std::filesystem::path& directory, const std:
          std::filesystem::is_regular_file(directory / (stem + ".safetensors.index.json"), ignored);
 }
 
-void CheckpointReader::add_file(const std::filesystem::path& file) {
-  files_.emplace_back(file);
-  SafetensorsHeader header = read_safetensors_header(files_.back());
-  if (files_.size() == 1) metadata_ = std::move(header.metadata);
-  for (StoredTensor& tensor : header.tensors) {
-    const std::string name = tensor.name;
-    const auto [at, fresh] = locations_.emplace(name, Location{files_.size() - 1, std::move(tensor)});
+std::unique_ptr<TensorFile> CheckpointReader::open_file(const std::filesystem::path& path) {
+  InputFile file(path);
+  SafetensorsHeader header = read_safetensors_header(file);
+  if (files_.empty()) metadata_ = std::move(header.metadata);
+  return std::make_unique<DenseFile>(std::move(file), std::move(header.tensors));
+}
+
+void CheckpointReader::add(std::unique_ptr<TensorFile> file) {
+  files_.push_back(std::move(file));
+  const std::vector<StoredTensor>& tensors = files_.back()->tensors();
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const auto [at, fresh] = locations_.emplace(tensors[i].name, Location{files_.size() - 1, i});
     if (!fresh) {
-      throw UserError("{}: the tensor '{}' is in {} too", file.string(), name,
-                      files_[at->second.file].path().string());
+      throw UserError("{}: the tensor '{}' is in {} too", files_.back()->path().string(), tensors[i].name,
+                      files_[at->second.file]->path().string());
     }
   }
 }
 
-void CheckpointReader::open_indexed(const std::filesystem::path& index) {
-  const auto weight_map = read_weight_map(index);
+void CheckpointReader::open_indexed(const std::filesystem::path& index, std::string_view suffix) {
+  const auto weight_map = read_weight_map(index, suffix);
   std::set<std::string> names;
   for (const auto& [tensor, file] : weight_map) names.insert(file);
   for (const std::string& name : names) {
@@ -214,11 +129,11 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index) {
     if (!std::filesystem::exists(index.parent_path() / name, ignored)) {
       throw UserError("{}: the file {} that it names is missing", index.string(), printable(name));
     }
-    add_file(index.parent_path() / name);
+    add(open_file(index.parent_path() / name));
   }
   for (const auto& [tensor, file] : weight_map) {
     const auto at = locations_.find(tensor);
-    if (at == locations_.end() || files_[at->second.file].path().filename() != file) {
+    if (at == locations_.end() || files_[at->second.file]->path().filename() != file) {
       throw UserError("{}: the tensor '{}' is not in {}, where it should be", index.string(),
                       printable(tensor), file);
     }
@@ -226,20 +141,20 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index) {
   for (const auto& [tensor, location] : locations_) {
     if (!weight_map.contains(tensor)) {
       throw UserError("{}: the tensor '{}' of {} is not in the index", index.string(), tensor,
-                      files_[location.file].path().filename().string());
+                      files_[location.file]->path().filename().string());
     }
   }
 }
 
 std::vector<const StoredTensor*> CheckpointReader::tensors() const {
   std::vector<const StoredTensor*> all;
-  for (const auto& [name, location] : locations_) all.push_back(&location.tensor);
+  for (const auto& [name, location] : locations_) all.push_back(&stored(location));
   return all;
 }
 
 const StoredTensor* CheckpointReader::find(const std::string& name) const {
   const auto at = locations_.find(name);
-  return at == locations_.end() ? nullptr : &at->second.tensor;
+  return at == locations_.end() ? nullptr : &stored(at->second);
 }
 
 const CheckpointReader::Location& CheckpointReader::locate(const std::string& name) const {
@@ -284,8 +199,8 @@ void CheckpointReader::require_shapes(const std::map<std::string, std::vector<in
 void CheckpointReader::read(const std::string& name, int dim, index_t begin, index_t end,
                             const Tensor& out) const {
   const Location& location = locate(name);
-  const StoredTensor& stored = location.tensor;
-  const InputFile& file = files_[location.file];
+  const StoredTensor& stored = this->stored(location);
+  const TensorFile& file = *files_[location.file];
   if (!is_floating(stored.type)) {
     throw UserError("{}: tensor '{}' is of type {}; F64, F32, F16 or BF16 is needed", file.path().string(),
                     name, name_of(stored.type));
@@ -309,19 +224,14 @@ void CheckpointReader::read(const std::string& name, int dim, index_t begin, ind
   check(out.dtype == DType::kFloat32 || out.dtype == DType::kFloat64, "'{}' is read into {}", name,
         out.describe());
   if (count == 0) return;
-  const SliceRuns runs = runs_of(rows, size_of(stored.type), dim, begin, end);
-  if (stored.type == stored_type(out.dtype)) {
-    read_runs(file, stored.begin, runs, static_cast<std::byte*>(out.data));
-  } else {
-    read_converted(file, stored.begin, runs, stored.type, out);
-  }
+  file.read(location.index, dim, begin, end, out);
 }
 
 void CheckpointReader::read(const ShardedTensor& destination) const {
   const Location& location = locate(destination.name);
-  if (location.tensor.shape != destination.shape) {
-    throw UserError("{}: tensor '{}' has the shape {}; {} is needed", files_[location.file].path().string(),
-                    destination.name, shape_text(location.tensor.shape), shape_text(destination.shape));
+  if (stored(location).shape != destination.shape) {
+    throw UserError("{}: tensor '{}' has the shape {}; {} is needed", files_[location.file]->path().string(),
+                    destination.name, shape_text(stored(location).shape), shape_text(destination.shape));
   }
   read(destination.name, destination.slice.dim, destination.slice.begin, destination.slice.end,
        destination.local);

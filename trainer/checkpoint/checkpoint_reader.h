@@ -3,13 +3,15 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "kernels/base/file.h"
 #include "parallel/partition.h"
 #include "trainer/checkpoint/safetensors.h"
+#include "trainer/checkpoint/tensor_file.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {
@@ -46,21 +48,21 @@ class CheckpointReader {
 
  private:
   struct Location {
-    std::size_t file = 0;
-    StoredTensor tensor;
+    std::size_t file = 0, index = 0;  // files_[file]->tensors()[index]
   };
-  void add_file(const std::filesystem::path& file);
-  void open_indexed(const std::filesystem::path& index);
+  std::unique_ptr<TensorFile> open_file(const std::filesystem::path& path);
+  void open_indexed(const std::filesystem::path& index, std::string_view suffix);
+  void add(std::unique_ptr<TensorFile> file);
+  const StoredTensor& stored(const Location& location) const {
+    return files_[location.file]->tensors()[location.index];
+  }
   const Location& locate(const std::string& name) const;
   void require_shapes(const std::map<std::string, std::vector<index_t>>& expected) const;
 
   std::filesystem::path path_;
-  std::vector<InputFile> files_;
+  std::vector<std::unique_ptr<TensorFile>> files_;
   std::map<std::string, Location> locations_;
   Metadata metadata_;
 };
-
-// An IEEE half (its bits) as a float, exactly.
-float half_to_float(std::uint16_t bits);
 
 }  // namespace regroup

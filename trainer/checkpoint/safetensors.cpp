@@ -15,42 +15,14 @@
 namespace regroup {
 namespace {
 
-struct TypeRow {
-  StoredType type;
-  std::string_view name;
-  index_t bytes;
-};
-constexpr std::array kTypes = {
-    TypeRow{StoredType::kF64, "F64", 8},        TypeRow{StoredType::kF32, "F32", 4},
-    TypeRow{StoredType::kF16, "F16", 2},        TypeRow{StoredType::kBF16, "BF16", 2},
-    TypeRow{StoredType::kI64, "I64", 8},        TypeRow{StoredType::kU64, "U64", 8},
-    TypeRow{StoredType::kI32, "I32", 4},        TypeRow{StoredType::kU32, "U32", 4},
-    TypeRow{StoredType::kI16, "I16", 2},        TypeRow{StoredType::kU16, "U16", 2},
-    TypeRow{StoredType::kI8, "I8", 1},          TypeRow{StoredType::kU8, "U8", 1},
-    TypeRow{StoredType::kF8E4M3, "F8_E4M3", 1}, TypeRow{StoredType::kF8E5M2, "F8_E5M2", 1},
-    TypeRow{StoredType::kBool, "BOOL", 1}};
-
-const TypeRow& row_of(StoredType type) { return kTypes[static_cast<std::size_t>(type)]; }
-
 constexpr std::size_t kMaxDimensions = 32;  // bounds what a hostile header can make us allocate
 constexpr std::uint64_t kAlignment = 8;
-
-bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; }
 
 std::uint64_t little_endian(std::span<const std::byte> bytes) {
   std::uint64_t value = 0;
   for (std::size_t i = bytes.size(); i-- > 0;)
     value = (value << 8) | std::to_integer<std::uint64_t>(bytes[i]);
   return value;
-}
-
-// The bytes of a tensor of this type and shape; nothing where they do not fit into 63 bits.
-std::optional<std::uint64_t> bytes_of(StoredType type, const std::vector<index_t>& shape) {
-  index_t bytes = size_of(type);
-  for (const index_t extent : shape) {
-    if (__builtin_mul_overflow(bytes, extent, &bytes)) return std::nullopt;
-  }
-  return static_cast<std::uint64_t>(bytes);
 }
 
 // Builds the header from the events of a JSON parser, so that names given twice are seen and nothing but the
@@ -78,8 +50,7 @@ class HeaderBuilder : public nlohmann::json_sax<nlohmann::json> {
   bool key(string_t& text) override {
     if (state_ == State::kRoot) {
       name_ = text;
-      if (std::any_of(text.begin(), text.end(), is_control))
-        return fail("the name '{}' has control characters", printable(text));
+      if (has_control_characters(text)) return fail("the name '{}' has control characters", printable(text));
       return names_.insert(text).second || fail("the tensor '{}' is there twice", printable(text));
     }
     field_ = text;
@@ -136,11 +107,9 @@ class HeaderBuilder : public nlohmann::json_sax<nlohmann::json> {
       return true;
     }
     if (state_ != State::kTensor || field_ != "dtype") return unexpected("a text");
-    const auto row =
-        std::find_if(kTypes.begin(), kTypes.end(), [&](const TypeRow& r) { return r.name == text; });
-    if (row == kTypes.end())
-      return fail("tensor '{}' has the unknown dtype '{}'", printable(name_), printable(text));
-    header.tensors.back().type = row->type;
+    const std::optional<StoredType> type = type_named(text);
+    if (!type) return fail("tensor '{}' has the unknown dtype '{}'", printable(name_), printable(text));
+    header.tensors.back().type = *type;
     return true;
   }
 
@@ -187,7 +156,7 @@ class HeaderBuilder : public nlohmann::json_sax<nlohmann::json> {
 void check_layout(SafetensorsHeader& header, std::uint64_t data_begin, std::uint64_t file_size,
                   std::string_view where) {
   for (const StoredTensor& t : header.tensors) {
-    const auto bytes = bytes_of(t.type, t.shape);
+    const auto bytes = stored_bytes(t.type, t.shape);
     if (!bytes) throw UserError("{}: the shape of tensor '{}' is impossibly large", where, printable(t.name));
     if (t.begin > t.end || t.end - t.begin != *bytes) {
       throw UserError(
@@ -225,32 +194,6 @@ void check_layout(SafetensorsHeader& header, std::uint64_t data_begin, std::uint
 }
 
 }  // namespace
-
-std::string printable(std::string_view text) {
-  constexpr std::size_t kLongest = 100;
-  std::string result(text.substr(0, kLongest));
-  for (char& c : result) {
-    if (is_control(c)) c = '?';
-  }
-  return text.size() > kLongest ? result + "..." : result;
-}
-
-index_t size_of(StoredType type) { return row_of(type).bytes; }
-std::string_view name_of(StoredType type) { return row_of(type).name; }
-
-StoredType stored_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return StoredType::kF64;
-    case DType::kFloat32:
-      return StoredType::kF32;
-    case DType::kBFloat16:
-      return StoredType::kBF16;
-    case DType::kInt32:
-      return StoredType::kI32;
-  }
-  throw InternalError("safetensors has no type for {}", name_of(dtype));
-}
 
 std::uint64_t safetensors_header_length(std::span<const std::byte> prefix, std::uint64_t file_size,
                                         std::string_view where) {
@@ -307,7 +250,7 @@ SafetensorsPlan plan_safetensors(std::vector<StoredTensor> tensors, const Metada
   std::uint64_t end = 0;
   for (StoredTensor& t : tensors) {
     check(names.insert(t.name).second, "two tensors of a file have the name '{}'", t.name);
-    const auto bytes = bytes_of(t.type, t.shape);
+    const auto bytes = stored_bytes(t.type, t.shape);
     check(bytes.has_value(), "tensor '{}' is too large for a file", t.name);
     t.begin = end;
     t.end = end += *bytes;

@@ -12,40 +12,9 @@
 #include <vector>
 
 #include "kernels/base/file.h"
-#include "kernels/dtype.h"
+#include "trainer/checkpoint/stored_tensor.h"
 
 namespace regroup {
-
-// Element types a file may hold.
-enum class StoredType : std::uint8_t {
-  kF64,
-  kF32,
-  kF16,
-  kBF16,
-  kI64,
-  kU64,
-  kI32,
-  kU32,
-  kI16,
-  kU16,
-  kI8,
-  kU8,
-  kF8E4M3,
-  kF8E5M2,
-  kBool
-};
-index_t size_of(StoredType type);           // bytes
-std::string_view name_of(StoredType type);  // "F32"
-StoredType stored_type(DType dtype);        // the file's type for one of ours
-
-// A tensor in a file.
-struct StoredTensor {
-  std::string name;
-  StoredType type = StoredType::kF32;
-  std::vector<index_t> shape;
-  std::uint64_t begin = 0;  // bytes, from the start of the file
-  std::uint64_t end = 0;
-};
 
 using Metadata = std::map<std::string, std::string>;
 
@@ -72,10 +41,6 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> prefix, st
                                            std::string_view where);
 // The same of an open file.
 SafetensorsHeader read_safetensors_header(const InputFile& file);
-
-// Text that came from a file, fit for one line of an error message: cut to 100 bytes, control characters as
-// '?'.
-std::string printable(std::string_view text);
 
 // The start of a file that is to hold tensors: `bytes` (the length field, JSON, padding to a multiple of 8),
 // the tensors with their offsets set, in the order in which they lie: wider types first so that each is
