@@ -15,6 +15,7 @@ const std::vector<std::pair<std::string, Mode>>& modes() {
                                                                 {"uptrain", Mode::kUptrain},
                                                                 {"evaluate", Mode::kEvaluate},
                                                                 {"convert", Mode::kConvert},
+                                                                {"export", Mode::kExport},
                                                                 {"report", Mode::kReport},
                                                                 {"doctor", Mode::kDoctor}};
   return all;
@@ -68,7 +69,7 @@ po::typed_value<bool>* flag(bool& member) {
 
 }  // namespace
 
-po::options_description describe_modes() {
+po::options_description describe_modes(Options& o) {
   po::options_description group("Modes (one of)");
   group.add_options()("help", "this text")("version", "the version")(
       "train-tokenizer", "text to a SentencePiece vocabulary (--input, --output)")(
@@ -77,6 +78,10 @@ po::options_description describe_modes() {
       "uptrain", "convert a multi-head checkpoint to grouped queries and train on")(
       "evaluate", "held-out loss of a checkpoint at any layout")(
       "convert", "a checkpoint with fewer key/value groups, and what it loses (--init-from, --output)")(
+      "export", po::value<std::string>(&o.export_format)->value_name("FORMAT"),
+      "a checkpoint for other programs (--checkpoint, --output): hf, with grouped heads and the code that "
+      "runs "
+      "them in transformers; or hf-expanded, with heads repeated, for whatever loads a stock T5")(
       "report", "compare finished runs (--runs)")(
       "doctor", "look for what would make a run under this launcher slow or fragile");
   return group;
@@ -175,10 +180,16 @@ std::vector<po::options_description> describe_options(Options& o) {
       "evaluate-every", bound(o.evaluate_every), "steps; 0: only at the end")(
       "evaluation-samples", bound(o.evaluation_samples), "held-out samples")(
       "progress-every", bound(o.progress_every), "steps between progress lines where output is no terminal")(
-      "checkpoint", path(o.checkpoint), "--evaluate: a run, a step directory, or a transformers T5 1.1");
+      "checkpoint", path(o.checkpoint),
+      "--evaluate, --export: a run, a step directory, or a transformers T5 1.1");
+  group("Export")("export-type", text(o.export_type), "of the weights: fp32, bf16 or fp16")(
+      "self-check", flag(o.self_check),
+      "compare the logits of what was written with the checkpoint's on one batch; it takes both models, one "
+      "after the other, in memory");
   group("Text to corpus")("input", paths(o.inputs),
                           "text, JSON lines ({\"text\": ...}), .gz of either, or folders of them")(
-      "output", path(o.output), "the corpus folder, the vocabulary file, or the converted run")(
+      "output", path(o.output),
+      "the corpus folder, the vocabulary file, the converted run, or the exported model")(
       "tokenizer", path(o.tokenizer, "FILE"), "SentencePiece model")(
       "vocab-pieces", bound(o.vocab_pieces), "pieces of a new vocabulary (100 sentinels come on top)")(
       "heldout-fraction", bound(o.heldout_fraction), "share of documents kept from training")(
@@ -194,7 +205,7 @@ std::vector<po::options_description> describe_options(Options& o) {
 
 po::options_description all_options(Options& options) {
   po::options_description all;
-  all.add(describe_modes());
+  all.add(describe_modes(options));
   for (const po::options_description& group : describe_options(options)) all.add(group);
   return all;
 }

@@ -33,6 +33,8 @@ bool is_idle(const std::string& name, Mode mode) {
                                              "max-bad-fraction",
                                              "overwrite",
                                              "runs",
+                                             "export-type",
+                                             "self-check",
                                              "checkpoint"};
   static const std::set<std::string> pretraining = {
       "init-from", "alpha",     "parent-steps",        "parent-moments",     "pooling",
@@ -100,7 +102,7 @@ Mode mode_of(const po::variables_map& values) {
   }
   if (given.empty()) {
     throw UserError(
-        "no mode is given; say --pretrain, --uptrain, --convert, --evaluate, --prepare-data, "
+        "no mode is given; say --pretrain, --uptrain, --convert, --evaluate, --export, --prepare-data, "
         "--train-tokenizer, "
         "--report, --doctor or --help");
   }
@@ -239,6 +241,12 @@ void validate(const Options& o) {
         require(!o.corpus.empty(), "convert --pooling calibrated", "corpus",
                 "text that shows what the attentions read");
       }
+      return;
+    case Mode::kExport:
+      require_one_of("export", o.export_format, {"hf", "hf-expanded"});
+      require_one_of("export-type", o.export_type, {"fp32", "bf16", "fp16"});
+      require(!o.checkpoint.empty(), "export", "checkpoint", "a run or one of its step directories");
+      require(!o.output.empty(), "export", "output", "the folder to make");
       return;
     case Mode::kReport:
       require(!o.runs.empty(), "report", "runs", "the run directories to compare");
@@ -385,7 +393,7 @@ std::string help() {
   std::ostringstream out;
   out << "Regroup trains T5 1.1 with grouped-query attention, over MPI ranks.\n\n"
          "  mpirun -n N trainer --MODE [--config FILE]... [--OPTION VALUE]...\n\n"
-      << describe_modes();
+      << describe_modes(options);
   for (const po::options_description& group : describe_options(options)) out << '\n' << group;
   out << "\nA configuration file has lines `option = value`, comments after '#', and sections [pretrain], "
          "[uptrain], ...\n"

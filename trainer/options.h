@@ -23,6 +23,7 @@ enum class Mode {
   kUptrain,
   kEvaluate,
   kConvert,
+  kExport,
   kReport,
   kDoctor
 };
@@ -94,7 +95,12 @@ struct Options {
   index_t save_memory = 0;  // MiB of a rank for what is being written; 0: its whole share of a checkpoint
   index_t evaluate_every = 1000, evaluation_samples = 256;
   index_t progress_every = 10;
-  std::filesystem::path checkpoint;  // --evaluate: what to evaluate
+  std::filesystem::path checkpoint;  // --evaluate, --export: of what
+
+  // Export.
+  std::string export_format;         // the value of --export: hf, hf-expanded
+  std::string export_type = "fp32";  // or bf16, fp16
+  bool self_check = true;            // compare logits with the checkpoint's
 
   // Text to corpus.
   std::vector<std::filesystem::path> inputs;

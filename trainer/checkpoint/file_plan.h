@@ -47,6 +47,9 @@ struct FileOptions {
 };
 
 FilePlan plan_files(std::span<const TensorSet> sets, const FileOptions& options = {});
+// The same of tensors that no rank holds: names, types and global shapes.
+FilePlan plan_files(const std::string& stem, std::span<const StoredTensor> tensors,
+                    const FileOptions& options = {});
 
 // The bytes of the whole tensor.
 std::uint64_t global_bytes(const ShardedTensor& tensor);

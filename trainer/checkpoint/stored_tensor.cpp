@@ -118,6 +118,33 @@ float half_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(sign | (rebiased << 23) | (fraction << 13));
 }
 
+std::uint16_t float_to_half(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000U);
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
+  if (magnitude > 0x7F800000U) return sign | 0x7E00U;   // NaN
+  if (magnitude >= 0x477FF000U) return sign | 0x7C00U;  // 65520 and more, which round to infinity
+  if (magnitude < 0x38800000U) {  // below 2^-14 halves are multiples of 2^-24: the float sum rounds to one
+    const float sum = std::bit_cast<float>(magnitude) + 0.5F;
+    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(sum) - 0x3F000000U));
+  }
+  const std::uint32_t odd = (magnitude >> 13) & 1U;
+  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000U + 0xFFFU + odd) >> 13));
+}
+
+void store_elements(const float* from, index_t count, StoredType type, std::byte* out) {
+  check(type == StoredType::kF32 || type == StoredType::kF16 || type == StoredType::kBF16,
+        "parameters are not stored as {}", name_of(type));
+  if (type == StoredType::kF32) {
+    std::memcpy(out, from, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  for (index_t i = 0; i < count; ++i) {
+    const std::uint16_t bits = type == StoredType::kBF16 ? bfloat16(from[i]).bits : float_to_half(from[i]);
+    std::memcpy(out + i * static_cast<index_t>(sizeof(bits)), &bits, sizeof(bits));
+  }
+}
+
 void convert_elements(StoredType type, const std::byte* from, index_t count, float* out) {
   convert(type, from, count, out);
 }

@@ -54,10 +54,14 @@ std::optional<std::uint64_t> stored_bytes(StoredType type, const std::vector<ind
 std::string shape_text(const std::vector<index_t>& shape);
 // An IEEE half (its bits) as a float, exactly.
 float half_to_float(std::uint16_t bits);
+// The nearest IEEE half (its bits), to even where two are as near; beyond 65504 infinite.
+std::uint16_t float_to_half(float value);
 // out[i] = the i-th of `count` elements of `type` from `from`, which need not be aligned. InternalError for a
 // type that is not floating.
 void convert_elements(StoredType type, const std::byte* from, index_t count, float* out);
 void convert_elements(StoredType type, const std::byte* from, index_t count, double* out);
+// The other way, rounded to the nearest. InternalError for types but F32, F16 and BF16.
+void store_elements(const float* from, index_t count, StoredType type, std::byte* out);
 
 // Text that came from a file, fit for one line of an error message: cut to 100 bytes, control characters as
 // '?'.

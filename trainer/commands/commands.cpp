@@ -25,6 +25,8 @@ int run_command(const Options& options, const ProcessGroup& world, const Log& lo
       return evaluate_command(options, world, log);
     case Mode::kConvert:
       return convert_command(options, world, log);
+    case Mode::kExport:
+      return export_command(options, world, log);
     case Mode::kReport:
       return report_command(options, world, log);
     case Mode::kDoctor:

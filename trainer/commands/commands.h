@@ -15,6 +15,7 @@ int train_command(const Options& options, const ProcessGroup& world,
                   const Log& log);  // --pretrain, --uptrain
 int evaluate_command(const Options& options, const ProcessGroup& world, const Log& log);
 int convert_command(const Options& options, const ProcessGroup& world, const Log& log);
+int export_command(const Options& options, const ProcessGroup& world, const Log& log);
 int report_command(const Options& options, const ProcessGroup& world, const Log& log);
 int doctor_command(const Options& options, const ProcessGroup& world, const Log& log);
 

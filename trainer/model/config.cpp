@@ -251,7 +251,9 @@ ModelConfig model_config_from_json(const std::string& text, const std::string& w
   const json object = json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) throw UserError("{} is not a JSON object", where);
   const Fields fields(object, where);
-  fields.require("model_type", "t5", "this is another architecture");
+  if (!fields.has("model_type") || object["model_type"] != "regroup_t5") {  // what --export hf writes
+    fields.require("model_type", "t5", "this is another architecture");
+  }
   fields.require("feed_forward_proj", "gated-gelu", "T5 1.0's relu feed-forward is not this model");
   // transformers 5 writes tie_word_embeddings true for every T5 and tells 1.1 apart by scale_decoder_outputs.
   if (fields.has("scale_decoder_outputs")) {
