@@ -95,7 +95,13 @@ def main():
         reference = stock(**inputs, decoder_input_ids=decoder_ids).logits
         tokens = generate(stock, inputs)
         for attention in ("eager", "sdpa"):
-            model = load(arguments.compact, attention, stock=False)
+            try:
+                model = load(arguments.compact, attention, stock=False)
+            except ValueError as error:  # transformers 4's T5 knows no SDPA
+                if attention == "eager" or "scaled_dot_product_attention" not in str(error):
+                    raise
+                print(f"transformers {transformers.__version__} has no {attention} attention for T5")
+                continue
             logits = model(**inputs, decoder_input_ids=decoder_ids).logits
             difference = ((logits - reference).abs().max() / reference.abs().max()).item()
             assert difference <= TOLERANCE, f"{attention}: logits differ by {difference:.2e} of the largest"

@@ -103,6 +103,15 @@ std::optional<std::uint64_t> stored_bytes(StoredType type, const std::vector<ind
   return static_cast<std::uint64_t>(bytes);
 }
 
+bool all_finite(const float* values, index_t count) {
+  constexpr std::uint32_t kExponent = 0x7F800000;
+  bool finite = true;
+  for (index_t i = 0; i < count; ++i) {
+    finite &= (std::bit_cast<std::uint32_t>(values[i]) & kExponent) != kExponent;
+  }
+  return finite;
+}
+
 std::string shape_text(const std::vector<index_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }

@@ -50,6 +50,8 @@ bool is_floating(StoredType type);
 // The bytes of a dense tensor of this type and shape; nothing where they do not fit into 63 bits or an extent
 // is negative.
 std::optional<std::uint64_t> stored_bytes(StoredType type, const std::vector<index_t>& shape);
+// Whether no value is NaN or infinite.
+bool all_finite(const float* values, index_t count);
 // "[512, 64]", for messages.
 std::string shape_text(const std::vector<index_t>& shape);
 // An IEEE half (its bits) as a float, exactly.

@@ -26,18 +26,21 @@ class PieceWriter {
     const index_t count = (end - begin) * row;
     values_.resize(static_cast<std::size_t>(count));
     read_(tensor.name, begin, end, Tensor(values_.data(), DType::kFloat32, shape));
+    require_storable(tensor);
     stored_.resize(static_cast<std::size_t>(count * size_of(tensor.type)));
     store_elements(values_.data(), count, tensor.type, stored_.data());
-    if (tensor.type == StoredType::kF16) require_range(tensor);
     file.write(tensor_begin + static_cast<std::uint64_t>(begin * row * size_of(tensor.type)), stored_);
   }
 
  private:
-  void require_range(const StoredTensor& tensor) const {
+  void require_storable(const StoredTensor& tensor) const {
+    if (!all_finite(values_.data(), static_cast<index_t>(values_.size()))) {
+      throw UserError("tensor '{}' holds values that are not finite", tensor.name);
+    }
+    if (tensor.type != StoredType::kF16) return;
     constexpr float kMost = 65520;  // what rounds to more than the largest half
-    const auto found = std::find_if(values_.begin(), values_.end(), [](float value) {
-      return std::isfinite(value) && std::abs(value) >= kMost;
-    });
+    const auto found =
+        std::find_if(values_.begin(), values_.end(), [](float value) { return std::abs(value) >= kMost; });
     if (found == values_.end()) return;
     throw UserError("tensor '{}' holds {}, which is too large for fp16: export it as bf16 or fp32",
                     tensor.name, *found);

@@ -18,7 +18,8 @@ using ReadRows = std::function<void(const std::string& name, index_t begin, inde
 // Writes <stem>.safetensors (or shards and their index) with `tensors` (F32, F16 or BF16) into `directory`,
 // which exists. The ranks share the rows, in pieces of a few MiB, each of which is read, converted and
 // written by one of them; nothing else is held. Everything is on the disk on return. Collective; UserErrors
-// of `read` and of the disk, and one that names a tensor with a finite value that F16 cannot hold.
+// of `read` and of the disk, and one that names a tensor with a value that is not finite or that F16 cannot
+// hold.
 void write_streamed(const ProcessGroup& world, const std::filesystem::path& directory,
                     const std::string& stem, std::span<const StoredTensor> tensors, const ReadRows& read,
                     const FileOptions& options = {});

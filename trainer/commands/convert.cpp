@@ -49,10 +49,10 @@ RunState converted_state(const Options& options, const CheckpointSource& source,
 // What lies beside the tensors: the tokenizer is the parent's, or the corpus' that it was trained on.
 std::map<std::string, std::string> small_files(const CheckpointSource& source, const ConversionData& data,
                                                const ModelConfig& config) {
-  std::map<std::string, std::string> texts = {{"config.json", to_json(config)}};
-  const std::filesystem::path own = source.directory / "tokenizer.model";
-  if (std::filesystem::exists(own)) {
-    texts["tokenizer.model"] = read_text(own);
+  std::map<std::string, std::string> texts = files_to_take_along(source.directory);
+  texts["config.json"] = to_json(config);
+  if (const auto own = tokenizer_of(source.directory)) {
+    texts["tokenizer.model"] = read_text(*own);
   } else if (data.corpus) {
     texts["tokenizer.model"] = read_text(data.corpus->tokenizer_file());
   }

@@ -34,10 +34,7 @@ std::map<std::string, std::string> companions_of(const std::filesystem::path& so
                            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}) {
     if (std::filesystem::exists(source / name)) texts[name] = read_text(source / name, kLimit);
   }
-  const std::filesystem::path own = source / "tokenizer.model";
-  if (!texts.contains("spiece.model") && std::filesystem::exists(own)) {
-    texts["spiece.model"] = read_text(own, kLimit);
-  }
+  if (const auto own = tokenizer_of(source)) texts.emplace("spiece.model", read_text(*own, kLimit));
   if (texts.contains("spiece.model")) texts.emplace("tokenizer_config.json", tokenizer_config_text());
   return texts;
 }

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <optional>
+#include <string>
 
 #include "data/corpus.h"
 #include "parallel/process_group.h"
@@ -28,13 +30,21 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
 // carry none. Collective; UserError naming the first damaged file.
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);
 
-// Fills the store's masters and weights from the checkpoint: this rank's slices, converted by the
-// plan where the store's model has fewer key/value groups. Collective; UserErrors as ConvertingReader.
+// Fills the store's masters and weights from the checkpoint: this rank's slices, converted by the plan where
+// the store's model has fewer key/value groups. Collective; UserErrors as ConvertingReader, and one that
+// lists the tensors with values that are not finite.
 void load_weights(const ProcessGroup& world, const CheckpointSource& source, Backend& backend,
                   ParameterStore& store, const ConversionPlan& plan = {});
 
+// The SentencePiece model that a checkpoint has with it: tokenizer.model, or transformers' spiece.model.
+std::optional<std::filesystem::path> tokenizer_of(const std::filesystem::path& directory);
+
+// Small files that a model takes along, from its parent to what is made of it, {name: text}: how it
+// generates (generation_config.json), where it says so.
+std::map<std::string, std::string> files_to_take_along(const std::filesystem::path& directory);
+
 // UserError unless the corpus was tokenized with the model's vocabulary: of its size and, where the
-// checkpoint has its tokenizer.model with it, that very one.
+// checkpoint has a tokenizer with it, that very one.
 void require_same_vocabulary(const CheckpointSource& source, const Corpus& corpus);
 
 }  // namespace regroup

@@ -96,7 +96,9 @@ void TrainingRun::save() {
   keep_tuning();
   std::map<std::string, std::string> texts;
   world_.run_on(0, [&] {
-    texts = {{"config.json", to_json(config_)}, {"tokenizer.model", read_text(corpus_->tokenizer_file())}};
+    texts = taken_along_;
+    texts["config.json"] = to_json(config_);
+    texts["tokenizer.model"] = read_text(corpus_->tokenizer_file());
   });
   saver_->save(state_.step, to_json(state_), texts);
 }

@@ -86,6 +86,7 @@ class TrainingRun {
   Layout layout_;
   index_t micro_batch_ = 0;
 
+  std::map<std::string, std::string> taken_along_;  // small files of the source's that every checkpoint gets
   std::optional<Corpus> corpus_;
   std::optional<Samples> training_, heldout_;
   std::unique_ptr<Backend> backend_;

@@ -83,6 +83,7 @@ void TrainingRun::decide() {
   if (source_) require_same_vocabulary(*source_, *corpus_);
   training_.emplace(*corpus_, Split::kTrain, training_samples(options_));
   heldout_.emplace(*corpus_, Split::kHeldout, heldout_samples(options_));
+  if (source_) taken_along_ = files_to_take_along(source_->directory);
   layout_ = complete_layout(options_.layout, world_.size());
   validate_tensor_parallel(config_, layout_.tensor_parallel);
   if (source_) validate_tensor_parallel(source_->config, layout_.tensor_parallel);
