@@ -29,7 +29,10 @@ class Golden {
                .num_decoder_layers = fields.at("num_decoder_layers"),
                .kv_groups = fields.at("kv_groups"),
                .site_kv_groups = fields.value("site_kv_groups", std::vector<index_t>()),
-               .encoder_kv_groups = fields.at("encoder_kv_groups")};
+               .encoder_kv_groups = fields.at("encoder_kv_groups"),
+               .feed_forward = fields.value("feed_forward_proj", "") == "relu" ? FeedForwardKind::kRelu
+                                                                               : FeedForwardKind::kGatedGelu,
+               .tie_word_embeddings = fields.value("tie_word_embeddings", false)};
     z_loss_ = fields.at("z_loss");
   }
 
@@ -175,7 +178,8 @@ TEST_P(GoldenTest, LogitsAreThoseOfTransformers) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DeviceKind device : test::test_devices()) {
-    for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "uneven", "zloss", "long"}) {
+    for (const char* name :
+         {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "uneven", "zloss", "long", "t5_1_0", "t5_1_0_gqa2"}) {
       all.push_back({device, name, DType::kFloat32});
       all.push_back({device, name, DType::kFloat64, /*recompute=*/true});
     }
@@ -191,7 +195,7 @@ INSTANTIATE_TEST_SUITE_P(All, GoldenTest, testing::ValuesIn(cases()), [](const a
 class GoldenOnDevice : public testing::TestWithParam<DeviceKind> {};
 
 TEST_P(GoldenOnDevice, BFloat16LossIsCloseAndGradientsPointTheSameWay) {
-  for (const char* name : {"mha", "gqa2", "mqa"}) {
+  for (const char* name : {"mha", "gqa2", "mqa", "t5_1_0_gqa2"}) {
     const Golden golden(name);
     Model model(GetParam(), golden, DType::kBFloat16);
     const double expected = golden.values("loss")[0];
