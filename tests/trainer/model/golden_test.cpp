@@ -195,7 +195,11 @@ INSTANTIATE_TEST_SUITE_P(All, GoldenTest, testing::ValuesIn(cases()), [](const a
 class GoldenOnDevice : public testing::TestWithParam<DeviceKind> {};
 
 TEST_P(GoldenOnDevice, BFloat16LossIsCloseAndGradientsPointTheSameWay) {
-  for (const char* name : {"mha", "gqa2", "mqa", "t5_1_0_gqa2"}) {
+  // relu's derivative jumps where rounding turns a sign over: transformers' own gradients in bfloat16 point
+  // 0.99767 the same way in t5_1_0_gqa2, and 0.9997 in the others.
+  const std::vector<std::pair<const char*, double>> cases = {
+      {"mha", 0.999}, {"gqa2", 0.999}, {"mqa", 0.999}, {"t5_1_0_gqa2", 0.9975}};
+  for (const auto& [name, least] : cases) {
     const Golden golden(name);
     Model model(GetParam(), golden, DType::kBFloat16);
     const double expected = golden.values("loss")[0];
@@ -211,7 +215,7 @@ TEST_P(GoldenOnDevice, BFloat16LossIsCloseAndGradientsPointTheSameWay) {
         expected_norm += reference[k] * reference[k];
       }
     }
-    EXPECT_GT(dot / std::sqrt(norm * expected_norm), 0.999) << name;
+    EXPECT_GT(dot / std::sqrt(norm * expected_norm), least) << name;
   }
 }
 
