@@ -226,6 +226,28 @@ void Backend::gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout&
   do_gated_gelu_backward(dy, x, dx, dropout);
 }
 
+void Backend::relu(Tensor x, Tensor y, const Dropout& dropout) {
+  const OpCheck op("relu", "x", x);
+  op.floating(2);
+  op.dense();
+  op.is("y", y, x.dtype, {x[0], x[1]});
+  op.apart("y", y, "x", x);
+  check_dropout(op, dropout, x[1]);
+  do_relu(x, y, dropout);
+}
+
+void Backend::relu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) {
+  const OpCheck op("relu_backward", "x", x);
+  op.floating(2);
+  op.dense();
+  op.is("dy", dy, x.dtype, {x[0], x[1]});
+  op.is("dx", dx, x.dtype, {x[0], x[1]});
+  op.apart("dx", dx, "dy", dy);
+  op.apart("dx", dx, "x", x);
+  check_dropout(op, dropout, x[1]);
+  do_relu_backward(dy, x, dx, dropout);
+}
+
 void Backend::dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout) {
   const OpCheck op("dropout_add", "x", x);
   op.floating(2);

@@ -152,6 +152,12 @@ class Backend {
   // dx T [N, 2F] from dy T [N, F] and the x of forward.
   void gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout);
 
+  // ---- ReLU (T5 1.0)
+  // y = dropout(max(x, 0)). x, y T [N, F].
+  void relu(Tensor x, Tensor y, const Dropout& dropout);
+  // dx T [N, F] from dy T [N, F] and the x of forward; 0 where x is 0.
+  void relu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout);
+
   // ---- residual and dropout
   // y = residual + dropout(x); residual may be empty (0). All T [N, D]; y may be residual or x.
   void dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout);
@@ -244,6 +250,8 @@ class Backend {
                                     Tensor residual_gradient, Tensor dx, Tensor dw) = 0;
   virtual void do_gated_gelu(Tensor x, Tensor y, const Dropout& dropout) = 0;
   virtual void do_gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) = 0;
+  virtual void do_relu(Tensor x, Tensor y, const Dropout& dropout) = 0;
+  virtual void do_relu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) = 0;
   virtual void do_dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout) = 0;
   virtual void do_dropout_backward(Tensor dy, Tensor dx, const Dropout& dropout) = 0;
   virtual void do_embedding(Tensor ids, Tensor table, index_t first_id, Tensor y) = 0;

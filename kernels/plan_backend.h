@@ -34,6 +34,8 @@ class PlanBackend final : public Backend {
   void do_rms_norm_backward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) override {}
   void do_gated_gelu(Tensor, Tensor, const Dropout&) override {}
   void do_gated_gelu_backward(Tensor, Tensor, Tensor, const Dropout&) override {}
+  void do_relu(Tensor, Tensor, const Dropout&) override {}
+  void do_relu_backward(Tensor, Tensor, Tensor, const Dropout&) override {}
   void do_dropout_add(Tensor, Tensor, Tensor, const Dropout&) override {}
   void do_dropout_backward(Tensor, Tensor, const Dropout&) override {}
   void do_embedding(Tensor, Tensor, index_t, Tensor) override {}

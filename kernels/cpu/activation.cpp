@@ -85,6 +85,43 @@ void CpuBackend::do_gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dr
   });
 }
 
+void CpuBackend::do_relu(Tensor x, Tensor y, const Dropout& dropout) {
+  dispatch(x.dtype, [&]<class T>() {
+    using S = stat_t<T>;
+    const index_t columns = x[1];
+    const T* const px = x.as<T>();
+    T* const py = y.as<T>();
+    for_each_piece<S>(threads_, x[0], columns, dropout,
+                      [&](index_t row, index_t column, index_t size, const S* factors) {
+                        const T* const in = px + row * columns + column;
+                        T* const out = py + row * columns + column;
+                        with_factors(factors, size, [=](index_t i, S factor) {
+                          const S value = static_cast<S>(in[i]);
+                          store(out[i], (value < 0 ? S{0} : value) * factor);
+                        });
+                      });
+  });
+}
+
+void CpuBackend::do_relu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) {
+  dispatch(x.dtype, [&]<class T>() {
+    using S = stat_t<T>;
+    const index_t columns = x[1];
+    const T *const px = x.as<T>(), *const pdy = dy.as<T>();
+    T* const pdx = dx.as<T>();
+    for_each_piece<S>(threads_, x[0], columns, dropout,
+                      [&](index_t row, index_t column, index_t size, const S* factors) {
+                        const index_t at = row * columns + column;
+                        const T *const in = px + at, *const gradient = pdy + at;
+                        T* const out = pdx + at;
+                        with_factors(factors, size, [=](index_t i, S factor) {
+                          const S g = static_cast<S>(gradient[i]) * factor;
+                          store(out[i], static_cast<S>(in[i]) <= 0 ? S{0} : g);
+                        });
+                      });
+  });
+}
+
 void CpuBackend::do_dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout) {
   dispatch(x.dtype, [&]<class T>() {
     using S = stat_t<T>;

@@ -81,6 +81,43 @@ struct GatedGeluBackward {
 };
 
 template <class T>
+struct Relu {
+  const T* x;
+  T* y;
+  DropoutFactors dropout;
+
+  template <int N>
+  __device__ void apply(index_t i) const {
+    const index_t row = quotient(i, dropout.columns());
+    stat_t<T> value[N], factor[N];
+    load_values(x + i, value);
+    dropout.at(row, i - row * dropout.columns(), factor);
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = (value[j] < 0 ? stat_t<T>{0} : value[j]) * factor[j];
+    store_values(y + i, value);
+  }
+};
+
+template <class T>
+struct ReluBackward {
+  const T *dy, *x;
+  T* dx;
+  DropoutFactors dropout;
+
+  template <int N>
+  __device__ void apply(index_t i) const {
+    const index_t row = quotient(i, dropout.columns());
+    stat_t<T> gradient[N], value[N], factor[N];
+    load_values(dy + i, gradient);
+    load_values(x + i, value);
+    dropout.at(row, i - row * dropout.columns(), factor);
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = value[j] <= 0 ? stat_t<T>{0} : gradient[j] * factor[j];
+    store_values(dx + i, value);
+  }
+};
+
+template <class T>
 struct DropoutAdd {
   const T *residual, *x;  // residual may be null
   T* y;
@@ -114,6 +151,22 @@ void CudaBackend::do_gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const D
     constexpr int kPack = kPackSize<T>;
     const GatedGeluBackward<T> op{dy.as<T>(), x.as<T>(), dx.as<T>(), DropoutFactors(dropout, dy[1])};
     map<kPack>(device_, op, dy.numel(), in_packs<kPack>(dy[1], {dy.data, x.data, dx.data}));
+  });
+}
+
+void CudaBackend::do_relu(Tensor x, Tensor y, const Dropout& dropout) {
+  dispatch(x.dtype, [&]<class T>() {
+    constexpr int kPack = kPackSize<T>;
+    const Relu<T> op{x.as<T>(), y.as<T>(), DropoutFactors(dropout, x[1])};
+    map<kPack>(device_, op, x.numel(), in_packs<kPack>(x[1], {x.data, y.data}));
+  });
+}
+
+void CudaBackend::do_relu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) {
+  dispatch(x.dtype, [&]<class T>() {
+    constexpr int kPack = kPackSize<T>;
+    const ReluBackward<T> op{dy.as<T>(), x.as<T>(), dx.as<T>(), DropoutFactors(dropout, x[1])};
+    map<kPack>(device_, op, x.numel(), in_packs<kPack>(x[1], {dy.data, x.data, dx.data}));
   });
 }
 

@@ -48,6 +48,8 @@ class CudaBackend final : public Backend {
                             Tensor dx, Tensor dw) override;
   void do_gated_gelu(Tensor x, Tensor y, const Dropout& dropout) override;
   void do_gated_gelu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) override;
+  void do_relu(Tensor x, Tensor y, const Dropout& dropout) override;
+  void do_relu_backward(Tensor dy, Tensor x, Tensor dx, const Dropout& dropout) override;
   void do_dropout_add(Tensor residual, Tensor x, Tensor y, const Dropout& dropout) override;
   void do_dropout_backward(Tensor dy, Tensor dx, const Dropout& dropout) override;
   void do_embedding(Tensor ids, Tensor table, index_t first_id, Tensor y) override;

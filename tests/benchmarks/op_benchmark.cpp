@@ -25,6 +25,8 @@ std::vector<OpCase> benchmark_cases() {
           gated_gelu_case(kTokens, kInner, 0),
           gated_gelu_case(kTokens, kInner, 0.1),
           gated_gelu_backward_case(kTokens, kInner, 0),
+          relu_case(kTokens, kInner, 0),
+          relu_backward_case(kTokens, kInner, 0),
           dropout_add_case(kTokens, kModel, 0, DropoutUse::kResidual),
           dropout_add_case(kTokens, kModel, 0.1, DropoutUse::kResidual),
           embedding_case(kTokens, kVocabulary, kModel, 0),

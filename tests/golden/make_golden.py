@@ -23,6 +23,7 @@ from transformers.models.t5 import modeling_t5
 
 SHAPE = dict(vocab_size=96, d_model=20, d_kv=12, d_ff=40, num_heads=6, num_layers=3,
              num_decoder_layers=3, kv_groups=6, encoder_kv_groups=6, z_loss=0.0)
+T5_1_0 = dict(feed_forward_proj="relu", tie_word_embeddings=True)
 LONG = dict(num_layers=1, num_decoder_layers=1)
 # Self, cross of layer 0, self, cross of layer 1.
 UNEVEN = dict(num_layers=1, num_decoder_layers=2, kv_groups=3, encoder_kv_groups=2,
@@ -39,6 +40,8 @@ CASES = {
     "uneven": (UNEVEN, *PADDED),
     "zloss": (dict(z_loss=1e-4), *PADDED),
     "long": (LONG, [200], [150]),
+    "t5_1_0": (T5_1_0, *PADDED),
+    "t5_1_0_gqa2": (dict(kv_groups=2, **T5_1_0), *PADDED),
 }
 SEED = 20230522
 NUM_BUCKETS = 32
@@ -46,21 +49,24 @@ MAX_DISTANCE = 128
 
 
 def build_model(shape):
-    """A T5 1.1 with its own lm_head. transformers 5 ties lm_head.weight to shared.weight even
-    under tie_word_embeddings=False, which then only turns the d_model^-0.5 scaling off."""
+    """A T5 1.1 with its own lm_head, or a T5 1.0. transformers 5 ties lm_head.weight to shared.weight
+    even under tie_word_embeddings=False, which then only turns the d_model^-0.5 scaling off."""
+    tied = shape.get("tie_word_embeddings", False)
     config = T5Config(
         vocab_size=shape["vocab_size"], d_model=shape["d_model"], d_kv=shape["d_kv"],
         d_ff=shape["d_ff"], num_heads=shape["num_heads"], num_layers=shape["num_layers"],
-        num_decoder_layers=shape["num_decoder_layers"], feed_forward_proj="gated-gelu",
+        num_decoder_layers=shape["num_decoder_layers"],
+        feed_forward_proj=shape.get("feed_forward_proj", "gated-gelu"),
         relative_attention_num_buckets=NUM_BUCKETS,
         relative_attention_max_distance=MAX_DISTANCE, dropout_rate=0.0,
-        layer_norm_epsilon=1e-6, tie_word_embeddings=False, decoder_start_token_id=0,
+        layer_norm_epsilon=1e-6, tie_word_embeddings=tied, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=1, use_cache=False, attn_implementation="eager")
     if hasattr(config, "scale_decoder_outputs"):
-        config.scale_decoder_outputs = False
+        config.scale_decoder_outputs = tied
     model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    assert model.lm_head.weight is not model.shared.weight
+    if not tied:
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    assert (model.lm_head.weight is model.shared.weight) == tied
     assert model.encoder.embed_tokens.weight is model.shared.weight
     assert model.decoder.embed_tokens.weight is model.shared.weight
     return model.train()
@@ -123,13 +129,15 @@ def load_weights(model, weights, shape):
 
 
 def run_model(model, input_ids, labels, shape):
-    """(logits, loss); checks that no scaling hides between the decoder and lm_head."""
+    """(logits, loss); checks that nothing hides between the decoder and lm_head, but the scaling
+    of a tied one."""
     decoded = []
     hook = model.decoder.register_forward_hook(lambda *call: decoded.append(call[-1][0]))
     output = model(input_ids=input_ids, attention_mask=(input_ids != 0).long(),
                    labels=labels.masked_fill(labels == 0, -100))
     hook.remove()
-    assert torch.equal(output.logits, nn.functional.linear(decoded[0], model.lm_head.weight))
+    scale = shape["d_model"] ** -0.5 if shape.get("tie_word_embeddings") else 1
+    assert torch.equal(output.logits, nn.functional.linear(decoded[0] * scale, model.lm_head.weight))
     logits = output.logits[labels != 0]
     log_z = logits.logsumexp(dim=-1)
     cross_entropy = log_z - logits.gather(-1, labels[labels != 0][:, None])[:, 0]

@@ -1,6 +1,7 @@
-// Gated GELU, residual and dropout.
+// Gated GELU, ReLU, residual and dropout.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -81,6 +82,45 @@ inline OpCase gated_gelu_backward_case(index_t rows, index_t columns, double rat
   return op;
 }
 
+// Values of x with many exact zeros, where relu's derivative is defined as 0. Not for central differences.
+inline Values with_zeros() { return integers(-2, 3); }
+
+inline OpCase relu_case(index_t rows, index_t columns, double rate, const Values& values = normal(2)) {
+  const Dropout dropout = dropout_of(columns, rate);
+  OpCase op;
+  op.name = fmt::format("relu/{}x{}/dropout {}", rows, columns, rate);
+  op.arguments = {{.name = "x", .shape = {rows, columns}, .values = values},
+                  {.name = "y", .role = Role::kOutput, .shape = {rows, columns}}};
+  op.call = [dropout](Backend& backend, std::span<const Tensor> t) { backend.relu(t[0], t[1], dropout); };
+  op.reference = [=](std::vector<Numbers>& v) {
+    for (std::size_t i = 0; i < v[1].size(); ++i) {
+      const auto n = static_cast<index_t>(i);
+      v[1][i] = std::max(v[0][i], 0.0) * dropout_factor(dropout, n / columns, n % columns);
+    }
+  };
+  return op;
+}
+
+inline OpCase relu_backward_case(index_t rows, index_t columns, double rate,
+                                 const Values& values = normal(2)) {
+  const Dropout dropout = dropout_of(columns, rate);
+  OpCase op;
+  op.name = fmt::format("relu_backward/{}x{}/dropout {}", rows, columns, rate);
+  op.arguments = {{.name = "dy", .shape = {rows, columns}},
+                  {.name = "x", .shape = {rows, columns}, .values = values},
+                  {.name = "dx", .role = Role::kOutput, .shape = {rows, columns}}};
+  op.call = [dropout](Backend& backend, std::span<const Tensor> t) {
+    backend.relu_backward(t[0], t[1], t[2], dropout);
+  };
+  op.reference = [=](std::vector<Numbers>& v) {
+    for (std::size_t i = 0; i < v[2].size(); ++i) {
+      const auto n = static_cast<index_t>(i);
+      v[2][i] = v[1][i] > 0 ? v[0][i] * dropout_factor(dropout, n / columns, n % columns) : 0;
+    }
+  };
+  return op;
+}
+
 enum class DropoutUse { kPlain, kResidual, kIntoResidual, kIntoX };
 
 inline OpCase dropout_add_case(index_t rows, index_t columns, double rate, DropoutUse use) {
@@ -132,6 +172,8 @@ inline std::vector<OpCase> activation_cases() {
     for (const auto& [rows, columns] : {std::pair<index_t, index_t>{7, 37}, {131, 290}}) {
       cases.push_back(gated_gelu_case(rows, columns, rate));
       cases.push_back(gated_gelu_backward_case(rows, columns, rate));
+      cases.push_back(relu_case(rows, columns, rate, with_zeros()));
+      cases.push_back(relu_backward_case(rows, columns, rate, with_zeros()));
       cases.push_back(dropout_add_case(rows, columns, rate, DropoutUse::kResidual));
       cases.push_back(dropout_backward_case(rows, columns, rate, false));
     }
@@ -146,6 +188,8 @@ inline std::vector<OpCase> activation_cases() {
 inline std::vector<std::pair<OpCase, OpCase>> activation_gradients() {
   return {{gated_gelu_case(7, 40, 0), gated_gelu_backward_case(7, 40, 0)},
           {gated_gelu_case(5, 37, 0.3), gated_gelu_backward_case(5, 37, 0.3)},
+          {relu_case(7, 40, 0), relu_backward_case(7, 40, 0)},
+          {relu_case(5, 37, 0.3), relu_backward_case(5, 37, 0.3)},
           {dropout_add_case(5, 37, 0.3, DropoutUse::kPlain), dropout_backward_case(5, 37, 0.3, false)}};
 }
 

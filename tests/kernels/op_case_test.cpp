@@ -34,6 +34,8 @@ std::vector<OpCase> larger_cases() {
           rms_norm_backward_case(17000, 8),
           gated_gelu_case(131, 304, 0.1),
           gated_gelu_backward_case(131, 304, 0.3),
+          relu_case(131, 304, 0.1),
+          relu_backward_case(131, 304, 0.3),
           dropout_add_case(131, 304, 0.1, DropoutUse::kIntoX),
           cross_entropy_case(9, 1024, 2048, 1e-2),
           cross_entropy_backward_case(9, 1024, 2048, 1e-3),

@@ -346,6 +346,16 @@ def read_tensors(path):
             for name, entry in header.items()}
 
 
+def write_tensors(path, tensors):
+    """The inverse of read_tensors() of a file of fp32 tensors."""
+    header, data = {}, b""
+    for name, (shape, content) in tensors.items():
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
 # ---- Test cases ----------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@
 import json
 import re
 import shutil
-import struct
 
 import harness
 from harness import DATA, MODEL, SystemTest, changed, step_directory
@@ -190,14 +189,11 @@ class UptrainTest(SystemTest):
         config = json.loads((step / "config.json").read_text())
         config |= {"num_key_value_heads": 2, "decoder_num_key_value_heads": {"self": [HEADS], "cross": [1]}}
         (model / "config.json").write_text(json.dumps(config))
-        header, data = {}, b""
-        for name, (shape, content) in harness.read_tensors(step / "model.safetensors").items():
+        tensors = harness.read_tensors(step / "model.safetensors")
+        for name, (shape, content) in tensors.items():
             if re.search(r"EncDecAttention\.[kv]\.weight", name):
-                shape, content = [D_KV, shape[1]], content[:len(content) // HEADS]
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
-            data += content
-        text = json.dumps(header).encode()
-        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+                tensors[name] = [D_KV, shape[1]], content[:len(content) // HEADS]
+        harness.write_tensors(model / "model.safetensors", tensors)
         return model
 
     def test_an_uneven_model_trains_resumes_and_is_measured_at_every_layout(self):
@@ -231,6 +227,53 @@ class UptrainTest(SystemTest):
         more = harness.run(changed([*tp2, self.folder / "more"], "--kv-groups", 4))
         self.assert_refused(more, "kv_groups of decoder layer 0 cross-attention = 4 is impossible from a checkpoint "
                                   "that has 1 key/value groups; use one of 1")
+
+    def t5_1_0_parent(self):
+        """A bare model as the public t5-small is stored: relu after wi, lm_head.weight an alias of the embedding, and a
+        configuration that says neither."""
+        model, step = self.folder / "t5_1_0", step_directory(self.parent, PARENT_STEPS)
+        model.mkdir()
+        config = json.loads((step / "config.json").read_text())
+        for field in ("feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs"):
+            del config[field]
+        (model / "config.json").write_text(json.dumps(config))
+        tensors = harness.read_tensors(step / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["shared.weight"]
+        harness.write_tensors(model / "model.safetensors", {
+            name.replace("wi_0", "wi"): tensor for name, tensor in tensors.items() if "wi_1" not in name})
+        return model
+
+    def test_a_t5_1_0_is_converted_trains_resumes_and_is_measured_at_every_layout(self):
+        model = self.t5_1_0_parent()
+        parent_loss = self.evaluate(model)[0]
+        converted = self.folder / "converted"
+        self.train(["--convert", "--init-from", model, "--output", converted, "--kv-groups", 2, "--corpus", self.corpus,
+                    "--evaluation-samples", 16, "--precision", "fp32", "--parent-steps", PARENT_STEPS])
+        runs = {layout: self.folder / layout for layout in LAYOUTS}
+        arguments = ["--uptrain", "--corpus", self.corpus, "--init-from", model, *TRAINING, "--kv-groups", 2, "--alpha",
+                     ALPHA, "--parent-steps", PARENT_STEPS, "--save-every", 4]
+        for layout, run in runs.items():
+            ranks, tensor_parallel = LAYOUTS[layout]
+            layout_arguments = [*arguments, "--tensor-parallel", tensor_parallel, "--run", run]
+            self.train(layout_arguments, ranks=ranks)
+            self.assert_same_losses(harness.losses(run), harness.losses(runs["one"]), 1e-5)
+            evaluations = harness.evaluations(run)
+            self.assert_relative(evaluations[PARENT_STEPS, "parent"], parent_loss, 1e-5, layout)
+            self.assert_relative(evaluations[PARENT_STEPS, "converted"], self.evaluate(converted, layout)[0], 1e-5, layout)
+            self.assert_relative(self.evaluate(run, layout)[0], evaluations[STEPS, "held-out"], 1e-5, layout)
+        self.assertLess(harness.losses(runs["one"])[-1], harness.losses(runs["one"])[0])
+        step = step_directory(runs["one"], STEPS)
+        names = set(harness.read_tensors(step / "model.safetensors"))
+        self.assertIn("encoder.block.0.layer.1.DenseReluDense.wi.weight", names)
+        self.assertFalse({"lm_head.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"} & names)
+        config = json.loads((step / "config.json").read_text())
+        self.assertEqual([config[field] for field in ("feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs")],
+                         ["relu", True, True])
+        whole = {file: harness.digest(step / file) for file in ("model.safetensors", "optimizer.safetensors")}
+        shutil.rmtree(step)
+        self.train([*arguments, "--run", runs["one"]], ranks=1)
+        self.assertTrue(harness.events(runs["one"], "resume"))
+        self.assertEqual({file: harness.digest(step / file) for file in whole}, whole)
 
     def test_report(self):
         run = self.folder / "gqa"

@@ -19,7 +19,7 @@ namespace {
 // Whether transformers may have stored it beside what the model needs.
 bool is_ignorable(std::string_view name) {
   return name == "encoder.embed_tokens.weight" || name == "decoder.embed_tokens.weight" ||
-         name.ends_with("EncDecAttention.relative_attention_bias.weight");
+         name == "lm_head.weight" || name.ends_with("EncDecAttention.relative_attention_bias.weight");
 }
 
 // {tensor: file} of an index file, whose names must be plain: nothing outside its directory is opened.

@@ -243,6 +243,9 @@ void validate_conversion(const ModelConfig& parent, const ModelConfig& target) {
   check_same("relative_attention_max_distance", parent.relative_attention_max_distance,
              target.relative_attention_max_distance);
   check_same("layer_norm_epsilon", parent.layer_norm_epsilon, target.layer_norm_epsilon);
+  check_same("relu", parent.feed_forward == FeedForwardKind::kRelu,
+             target.feed_forward == FeedForwardKind::kRelu);
+  check_same("tie_word_embeddings", parent.tie_word_embeddings, target.tie_word_embeddings);
   check_decoder_groups(parent, target);
   check_groups("encoder_kv_groups", parent.encoder_kv_groups, target.encoder_kv_groups);
 }

@@ -113,13 +113,30 @@ class Fields {
       throw UserError("{}: \"{}\" is {}; a number is needed", where_, name, shown(at(name)));
     return at(name).get<double>();
   }
-  // Refuses a file whose field is present and differs from the only value this model has.
-  void require(const char* name, const json& value, const char* reason) const {
+  bool truth(const char* name, bool otherwise) const {
+    if (!has(name)) return otherwise;
+    if (!at(name).is_boolean())
+      throw UserError("{}: \"{}\" is {}; true or false is needed", where_, name, shown(at(name)));
+    return at(name).get<bool>();
+  }
+  // One of two texts; a file with another value is refused for the `reason`.
+  std::string choice(const char* name, const char* one, const char* other, const char* otherwise,
+                     const char* reason) const {
+    if (!has(name)) return otherwise;
+    if (!is(name, one) && !is(name, other)) {
+      throw UserError("{}: \"{}\" is {}, only \"{}\" or \"{}\" can be read: {}", where_, name,
+                      shown(at(name)), one, other, reason);
+    }
+    return at(name).get<std::string>();
+  }
+  // Refuses a file whose field is present and differs from what `source`, another field, makes of it.
+  void require(const char* name, const json& value, const char* source) const {
     if (has(name) && at(name) != value) {
-      throw UserError("{}: \"{}\" is {}, only {} can be read: {}", where_, name, shown(at(name)),
-                      value.dump(), reason);
+      throw UserError("{}: \"{}\" is {}, which is not the {} of its \"{}\"", where_, name, shown(at(name)),
+                      value.dump(), source);
     }
   }
+  bool is(const char* name, const json& value) const { return has(name) && at(name) == value; }
   bool has(const char* name) const { return object_.contains(name) && !object_[name].is_null(); }
 
  private:
@@ -141,6 +158,45 @@ std::vector<index_t> site_groups_from(const Fields& fields, index_t layers) {
     result.insert(result.end(), {self[layer], cross[layer]});
   }
   return result;
+}
+
+// What T5Config makes of feed_forward_proj.
+struct Activation {
+  const char *feed_forward_proj, *dense_act_fn;
+  bool is_gated_act;
+};
+
+Activation activation_of(FeedForwardKind kind) {
+  if (kind == FeedForwardKind::kRelu) return {"relu", "relu", false};
+  return {"gated-gelu", "gelu_new", true};
+}
+
+FeedForwardKind feed_forward_from(const Fields& fields, const char* otherwise) {
+  constexpr const char* kName = "feed_forward_proj";
+  const std::string text =
+      fields.choice(kName, "gated-gelu", "relu", otherwise, "no T5 has another activation");
+  const FeedForwardKind kind = text == "relu" ? FeedForwardKind::kRelu : FeedForwardKind::kGatedGelu;
+  // Where a file has these two, it is they that transformers computes with.
+  const Activation activation = activation_of(kind);
+  fields.require("dense_act_fn", activation.dense_act_fn, kName);
+  fields.require("is_gated_act", activation.is_gated_act, kName);
+  return kind;
+}
+
+// transformers 5 writes tie_word_embeddings true for every T5 and mT5. It tells T5s apart by
+// scale_decoder_outputs; an mT5 always has an lm_head of its own.
+void read_architecture(const Fields& fields, ModelConfig& config) {
+  const bool umt5 = fields.is("model_type", "umt5");
+  const std::string type =
+      fields.is("model_type", "regroup_t5")  // what --export hf writes
+          ? "t5"
+          : fields.choice("model_type", "t5", "mt5", "t5",
+                          umt5 ? "each layer of a UMT5 has a relative position bias of its "
+                                 "own, those of a T5 share the first one's"
+                               : "this is another architecture");
+  config.feed_forward = feed_forward_from(fields, type == "t5" ? "relu" : "gated-gelu");
+  const bool tied = fields.truth("tie_word_embeddings", true) && type == "t5";
+  config.tie_word_embeddings = fields.truth("scale_decoder_outputs", tied);
 }
 
 }  // namespace
@@ -210,6 +266,7 @@ void validate(const ModelConfig& config) {
 }
 
 std::string to_json(const ModelConfig& config) {
+  const Activation activation = activation_of(config.feed_forward);
   nlohmann::ordered_json fields = {
       {"architectures", {"T5ForConditionalGeneration"}},
       {"model_type", "t5"},
@@ -226,12 +283,12 @@ std::string to_json(const ModelConfig& config) {
       {"relative_attention_max_distance", config.relative_attention_max_distance},
       {"layer_norm_epsilon", config.layer_norm_epsilon},
       {"dropout_rate", config.dropout_rate},
-      {"feed_forward_proj", "gated-gelu"},
-      {"dense_act_fn", "gelu_new"},
-      {"is_gated_act", true},
+      {"feed_forward_proj", activation.feed_forward_proj},
+      {"dense_act_fn", activation.dense_act_fn},
+      {"is_gated_act", activation.is_gated_act},
       {"is_encoder_decoder", true},
-      {"tie_word_embeddings", false},
-      {"scale_decoder_outputs", false},
+      {"tie_word_embeddings", config.tie_word_embeddings},
+      {"scale_decoder_outputs", config.tie_word_embeddings},
       {"pad_token_id", 0},
       {"eos_token_id", 1},
       {"decoder_start_token_id", 0},
@@ -251,17 +308,8 @@ ModelConfig model_config_from_json(const std::string& text, const std::string& w
   const json object = json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) throw UserError("{} is not a JSON object", where);
   const Fields fields(object, where);
-  if (!fields.has("model_type") || object["model_type"] != "regroup_t5") {  // what --export hf writes
-    fields.require("model_type", "t5", "this is another architecture");
-  }
-  fields.require("feed_forward_proj", "gated-gelu", "T5 1.0's relu feed-forward is not this model");
-  // transformers 5 writes tie_word_embeddings true for every T5 and tells 1.1 apart by scale_decoder_outputs.
-  if (fields.has("scale_decoder_outputs")) {
-    fields.require("scale_decoder_outputs", false, "T5 1.0's tied and scaled output is not this model");
-  } else {
-    fields.require("tie_word_embeddings", false, "T5 1.1 has an lm_head of its own");
-  }
   ModelConfig config;
+  read_architecture(fields, config);
   config.vocab_size = fields.count("vocab_size");
   config.d_model = fields.count("d_model");
   config.d_kv = fields.count("d_kv");

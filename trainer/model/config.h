@@ -1,4 +1,4 @@
-// The shape of a T5 1.1 model.
+// The shape of a T5 model.
 #pragma once
 
 #include <string>
@@ -8,7 +8,12 @@
 
 namespace regroup {
 
+// What a feed-forward sub-block gives wo: dropout(gelu(wi_0 n) * (wi_1 n)) in T5 1.1, dropout(max(wi n, 0))
+// in T5 1.0.
+enum class FeedForwardKind { kGatedGelu, kRelu };
+
 // T5 1.1 (t5x/examples/t5/t5_1_1): RMSNorm, gated GELU, relative position bias, untied lm_head, no biases.
+// mT5 is the same with another vocabulary; T5 1.0 (t5x/examples/t5/t5_1_0) has relu and a tied lm_head.
 struct ModelConfig {
   index_t vocab_size = 32128;
   index_t d_model = 512;
@@ -26,6 +31,9 @@ struct ModelConfig {
   index_t relative_attention_max_distance = 128;
   double layer_norm_epsilon = 1e-6;
   double dropout_rate = 0;
+  FeedForwardKind feed_forward = FeedForwardKind::kGatedGelu;
+  // There is no lm_head.weight: logits = (d_model^-1/2 hidden) shared.weight^T.
+  bool tie_word_embeddings = false;
 
   // The groups of a decoder layer's self- and of its cross-attention.
   index_t self_groups(index_t layer) const;
@@ -50,9 +58,13 @@ void validate(const ModelConfig& config);
 
 // config.json as transformers' T5Config reads it, plus num_key_value_heads, encoder_num_key_value_heads and,
 // of an uneven model only, decoder_num_key_value_heads: {"self": [of each layer], "cross": [of each layer]}.
+// model_type is always "t5": an mT5 is a T5 1.1 once its vocabulary is said.
 std::string to_json(const ModelConfig& config);
-// From such a file's text; `where` names it in errors. UserError where a field is missing, of the wrong type,
-// or asks for another architecture (tied embeddings, relu, another norm) than T5 1.1.
+// From such a file's text, or that of another T5 ("t5") or mT5 ("mt5") of transformers 4 or 5, whose defaults
+// count where feed_forward_proj or tie_word_embeddings is absent: a "t5" then has relu and is tied, as the
+// public t5-small. scale_decoder_outputs, where present, decides what is tied; an mT5 without it never is.
+// `where` names the file in errors. UserError where a field is missing, of the wrong type, or asks for
+// another architecture (umt5, longt5, ...) or activation (gated-silu, ...).
 ModelConfig model_config_from_json(const std::string& text, const std::string& where);
 
 // The number of parameters.

@@ -1,4 +1,5 @@
-// The feed-forward sub-block of T5 1.1: x + dropout(wo(dropout(gelu(wi_0 n) * (wi_1 n)))), n = norm(x).
+// The feed-forward sub-block, n = norm(x). T5 1.1: x + dropout(wo(dropout(gelu(wi_0 n) * (wi_1 n)))).
+// T5 1.0: x + dropout(wo(dropout(relu(wi n)))).
 #pragma once
 
 #include "trainer/model/rms_norm.h"
@@ -11,7 +12,7 @@ class FeedForward {
   struct Saved {
     RmsNorm::Saved norm;
     Tensor normalised;  // T [N, D]
-    Tensor gates;       // T [N, 2 F]
+    Tensor inner;       // T [N, 2 F] of wi_0|wi_1, T [N, F] of wi
     Tensor hidden;      // T [N, F]
   };
 
@@ -26,6 +27,7 @@ class FeedForward {
  private:
   Dropout hidden_dropout(const Step& step, index_t length) const;
 
+  FeedForwardKind kind_;
   RmsNorm norm_;
   Parameter wi_, wo_;
   index_t site_, d_ff_, first_column_;

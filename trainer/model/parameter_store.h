@@ -46,7 +46,8 @@ class ParameterStore {
   Tensor all_masters() const { return flat(masters_, stat_dtype(compute_)); }
   Tensor all_weights() const { return compute_is_master() ? all_masters() : flat(weights_, compute_); }
   Tensor all_gradients() const { return flat(gradients_, stat_dtype(compute_)); }
-  // Where the decoder's parameters, and lm_head's behind them, begin in the flat views: an element number.
+  // Where the decoder's parameters, and lm_head's behind them, begin in the flat views: an element number. A
+  // tied head's matrix is the embedding, before it.
   index_t decoder_begin() const { return offsets_[find("decoder.block.0.layer.0.SelfAttention.q.weight")]; }
 
   // weights = cast(masters). Call after masters change.

@@ -36,8 +36,10 @@ class TableBuilder {
       norm(block + "2.layer_norm.weight");
     }
     norm("decoder.final_layer_norm.weight");
-    add("lm_head.weight", {c_.vocab_size, c_.d_model}, Partition::split(0), Initializer::kTruncatedNormal,
-        inverse_root(c_.d_model));
+    if (!c_.tie_word_embeddings) {
+      add("lm_head.weight", {c_.vocab_size, c_.d_model}, Partition::split(0), Initializer::kTruncatedNormal,
+          inverse_root(c_.d_model));
+    }
     return std::move(table_);
   }
 
@@ -71,12 +73,16 @@ class TableBuilder {
         std::sqrt(6.0 / static_cast<double>(c_.num_heads + c_.relative_attention_num_buckets)));
   }
   void feed_forward(const std::string& prefix) {
-    const double scale = inverse_root(c_.d_model);
-    add(prefix + "wi_0.weight", {c_.d_ff, c_.d_model}, Partition::split(0), Initializer::kTruncatedNormal,
-        scale);
-    add(prefix + "wi_1.weight", {c_.d_ff, c_.d_model}, Partition::split(0), Initializer::kTruncatedNormal,
-        scale,
-        /*begins_pack=*/false);
+    const auto inner = [&](const char* name, bool begins_pack) {
+      add(prefix + name, {c_.d_ff, c_.d_model}, Partition::split(0), Initializer::kTruncatedNormal,
+          inverse_root(c_.d_model), begins_pack);
+    };
+    if (c_.feed_forward == FeedForwardKind::kRelu) {
+      inner("wi.weight", /*begins_pack=*/true);
+    } else {
+      inner("wi_0.weight", /*begins_pack=*/true);
+      inner("wi_1.weight", /*begins_pack=*/false);
+    }
     add(prefix + "wo.weight", {c_.d_model, c_.d_ff}, Partition::split(1), Initializer::kTruncatedNormal,
         inverse_root(c_.d_ff));
   }

@@ -22,10 +22,10 @@ struct ParameterSpec {
       true;  // false: lies in memory right behind the one before (q|k|v, wi_0|wi_1: one product)
 };
 
-// All parameters in memory order: shared embedding, encoder, decoder, lm_head. Initial values as T5X draws
-// them (references: t5x layers.py): normal embedding 1, q (d_model d_kv)^-1/2, k v d_model^-1/2, o (H
-// d_kv)^-1/2; truncated normal wi and lm_head d_model^-1/2, wo d_ff^-1/2; bias table uniform +-sqrt(6 / (H +
-// 32)); norms 1.
+// All parameters in memory order: shared embedding, encoder, decoder, lm_head (of an untied model). Initial
+// values as T5X draws them (references: t5x layers.py): normal embedding 1, q (d_model d_kv)^-1/2, k v
+// d_model^-1/2, o (H d_kv)^-1/2; truncated normal wi and lm_head d_model^-1/2, wo d_ff^-1/2; bias table
+// uniform +-sqrt(6 / (H + 32)); norms 1.
 std::vector<ParameterSpec> parameter_table(const ModelConfig& config);
 
 // One attention of the model: a site, as conversion and calibration count them.

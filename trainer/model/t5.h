@@ -1,4 +1,4 @@
-// T5 1.1 with grouped-query attention: forward, loss and backward of one micro-batch.
+// T5 with grouped-query attention: forward, loss and backward of one micro-batch.
 #pragma once
 
 #include <functional>
@@ -22,8 +22,8 @@ class T5 {
 
   // loss float64 [2] += {sum of cross-entropy, sum of z_loss log(Z)^2}; every parameter's gradient += that of
   // factor x (their sum). With factor = 1 / (number of targets in the global batch) it is the gradient of the
-  // mean. `after_decoder`, where given, is called when the gradients of the decoder and of lm_head are
-  // complete and the encoder's backward is still to come.
+  // mean. `after_decoder`, where given, is called when the gradients of the decoder and of lm_head.weight are
+  // complete and the encoder's backward, which ends with the embedding's, is still to come.
   void train(Step& step, const Input& input, double z_loss, double factor, Tensor loss /* += */,
              const std::function<void()>& after_decoder = {});
   // Forward only; step.dropout_rate must be 0.

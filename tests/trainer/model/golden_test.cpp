@@ -29,7 +29,10 @@ class Golden {
                .num_decoder_layers = fields.at("num_decoder_layers"),
                .kv_groups = fields.at("kv_groups"),
                .site_kv_groups = fields.value("site_kv_groups", std::vector<index_t>()),
-               .encoder_kv_groups = fields.at("encoder_kv_groups")};
+               .encoder_kv_groups = fields.at("encoder_kv_groups"),
+               .feed_forward = fields.value("feed_forward_proj", "") == "relu" ? FeedForwardKind::kRelu
+                                                                               : FeedForwardKind::kGatedGelu,
+               .tie_word_embeddings = fields.value("tie_word_embeddings", false)};
     z_loss_ = fields.at("z_loss");
   }
 
@@ -175,7 +178,8 @@ TEST_P(GoldenTest, LogitsAreThoseOfTransformers) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DeviceKind device : test::test_devices()) {
-    for (const char* name : {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "uneven", "zloss", "long"}) {
+    for (const char* name :
+         {"mha", "gqa3", "gqa2", "mqa", "gqa2_encoder", "uneven", "zloss", "long", "t5_1_0", "t5_1_0_gqa2"}) {
       all.push_back({device, name, DType::kFloat32});
       all.push_back({device, name, DType::kFloat64, /*recompute=*/true});
     }
@@ -191,7 +195,11 @@ INSTANTIATE_TEST_SUITE_P(All, GoldenTest, testing::ValuesIn(cases()), [](const a
 class GoldenOnDevice : public testing::TestWithParam<DeviceKind> {};
 
 TEST_P(GoldenOnDevice, BFloat16LossIsCloseAndGradientsPointTheSameWay) {
-  for (const char* name : {"mha", "gqa2", "mqa"}) {
+  // relu's derivative jumps where rounding turns a sign over: transformers' own gradients in bfloat16 point
+  // 0.99767 the same way in t5_1_0_gqa2, and 0.9997 in the others.
+  const std::vector<std::pair<const char*, double>> cases = {
+      {"mha", 0.999}, {"gqa2", 0.999}, {"mqa", 0.999}, {"t5_1_0_gqa2", 0.9975}};
+  for (const auto& [name, least] : cases) {
     const Golden golden(name);
     Model model(GetParam(), golden, DType::kBFloat16);
     const double expected = golden.values("loss")[0];
@@ -207,7 +215,7 @@ TEST_P(GoldenOnDevice, BFloat16LossIsCloseAndGradientsPointTheSameWay) {
         expected_norm += reference[k] * reference[k];
       }
     }
-    EXPECT_GT(dot / std::sqrt(norm * expected_norm), 0.999) << name;
+    EXPECT_GT(dot / std::sqrt(norm * expected_norm), least) << name;
   }
 }
 

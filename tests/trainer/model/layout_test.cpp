@@ -38,6 +38,14 @@ ModelConfig uneven_model() {
   return config;
 }
 
+// The embedding's gradient comes from the head, the decoder's inputs and the encoder's.
+ModelConfig t5_1_0() {
+  ModelConfig config = config_of(2, 8);
+  config.feed_forward = FeedForwardKind::kRelu;
+  config.tie_word_embeddings = true;
+  return config;
+}
+
 // The samples [first, first + count) of the global batch of a step, of different lengths, padded with 0.
 Batch batch_of(index_t step, index_t first, index_t count) {
   Batch batch{.first_sample = first, .size = count, .inputs_length = kInputs, .targets_length = kTargets};
@@ -154,15 +162,15 @@ double relative_error(Training& run, Tensor on_device, const Slice& slice, Train
 
 struct LayoutCase {
   DeviceKind device;
-  index_t kv_groups, encoder_kv_groups;
-  bool recompute, adamw, uneven = false;
+  std::string name;
+  ModelConfig config;
+  bool recompute = false, adamw = false;
 };
 
 class LayoutTest : public testing::TestWithParam<LayoutCase> {};
 
 TEST_P(LayoutTest, EqualsOneRank) {
-  const auto [device, kv_groups, encoder_kv_groups, recompute, adamw, uneven] = GetParam();
-  const ModelConfig config = uneven ? uneven_model() : config_of(kv_groups, encoder_kv_groups);
+  const auto& [device, name, config, recompute, adamw] = GetParam();
   const ProcessGroup world = ProcessGroup::world();
   Training reference(device, world.split(world.rank(), 0), Layout{}, config, kSamples, /*recompute=*/false,
                      adamw);
@@ -194,23 +202,28 @@ TEST_P(LayoutTest, EqualsOneRank) {
 std::vector<LayoutCase> layout_cases() {
   std::vector<LayoutCase> cases;
   for (const DeviceKind device : test::test_devices()) {
+    const auto grouped = [&](index_t kv_groups, index_t encoder_kv_groups, bool recompute, bool adamw) {
+      cases.push_back({device, fmt::format("G{}_encoder{}", kv_groups, encoder_kv_groups),
+                       config_of(kv_groups, encoder_kv_groups), recompute, adamw});
+    };
     // Who owns what is the same on every device.
     const std::vector<index_t> all_groups =
         device == DeviceKind::kCpu ? std::vector<index_t>{1, 2, 4, 8} : std::vector<index_t>{2};
     for (const index_t kv_groups : all_groups) {
-      for (const bool recompute : {false, true}) cases.push_back({device, kv_groups, 8, recompute, false});
+      for (const bool recompute : {false, true}) grouped(kv_groups, 8, recompute, false);
     }
-    if (device == DeviceKind::kCpu) cases.push_back({device, 2, 1, false, false});
-    cases.push_back({device, 1, 8, false, true});
-    cases.push_back({device, 4, 8, true, false, /*uneven=*/true});
+    if (device == DeviceKind::kCpu) grouped(2, 1, false, false);
+    grouped(1, 8, false, true);
+    cases.push_back({device, "uneven", uneven_model(), /*recompute=*/true});
+    cases.push_back({device, "T5_1_0", t5_1_0()});
   }
   return cases;
 }
 
 INSTANTIATE_TEST_SUITE_P(Groups, LayoutTest, testing::ValuesIn(layout_cases()), [](const auto& param) {
   const LayoutCase& c = param.param;
-  return fmt::format("{}_G{}_encoder{}{}{}{}", test::name_of(c.device), c.kv_groups, c.encoder_kv_groups,
-                     c.recompute ? "_recompute" : "", c.adamw ? "_adamw" : "", c.uneven ? "_uneven" : "");
+  return fmt::format("{}_{}{}{}", test::name_of(c.device), c.name, c.recompute ? "_recompute" : "",
+                     c.adamw ? "_adamw" : "");
 });
 
 // Dropout really drops: the comparison above would pass without it.

@@ -38,6 +38,22 @@ TEST(ParameterTable, NamesAreUniqueAndThoseOfTransformers) {
   EXPECT_FALSE(names.contains("decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"));
 }
 
+TEST(ParameterTable, T5_1_0HasOneInnerMatrixAndNoHead) {
+  ModelConfig config = small_model(8);
+  config.feed_forward = FeedForwardKind::kRelu;
+  config.tie_word_embeddings = true;
+  std::map<std::string, ParameterSpec> specs;
+  for (const ParameterSpec& spec : parameter_table(config)) specs[spec.name] = spec;
+  EXPECT_EQ(specs.size(), parameter_table(small_model(8)).size() - 4 - 1);
+  EXPECT_FALSE(specs.contains("lm_head.weight"));
+  EXPECT_FALSE(specs.contains("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"));
+  const ParameterSpec& wi = specs.at("decoder.block.1.layer.2.DenseReluDense.wi.weight");
+  EXPECT_EQ(wi.shape, (std::vector<index_t>{32, 24}));
+  EXPECT_EQ(wi.initializer, Initializer::kTruncatedNormal);
+  EXPECT_DOUBLE_EQ(wi.scale, std::pow(24.0, -0.5));
+  EXPECT_EQ(specs.at("shared.weight").scale, 1);
+}
+
 // 8 heads, 2 decoder layers: G < tp at some attentions, G >= tp at others.
 ModelConfig uneven_model() {
   ModelConfig config = small_model(4);
