@@ -32,7 +32,7 @@ void open_data(const Options& options, const CheckpointSource& source, Conversio
 RunState converted_state(const Options& options, const CheckpointSource& source,
                          const ConversionReport& report) {
   RunState state;
-  state.step = state.first_step = source.state ? source.state->step : options.parent_steps;
+  state.step = state.first_step = source.step.value_or(options.parent_steps);
   if (source.state) {
     state.samples = source.state->samples;
     state.identity = source.state->identity;
@@ -50,7 +50,7 @@ RunState converted_state(const Options& options, const CheckpointSource& source,
 std::map<std::string, std::string> small_files(const CheckpointSource& source, const ConversionData& data,
                                                const ModelConfig& config) {
   std::map<std::string, std::string> texts = {{"config.json", to_json(config)}};
-  const std::filesystem::path own = source.directory / "tokenizer.model";
+  const std::filesystem::path own = source.companions / "tokenizer.model";
   if (std::filesystem::exists(own)) {
     texts["tokenizer.model"] = read_text(own);
   } else if (data.corpus) {

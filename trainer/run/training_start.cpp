@@ -29,7 +29,7 @@ TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, cons
   if (options_.verify_corpus) {
     world_.run_together([&] { corpus_->verify(world_.rank(), world_.size(), &world_.heartbeat()); });
   }
-  if (source_ && !source_->state) {
+  if (source_ && !source_->step) {
     log_.info("{} does not say how long it was trained: parent-steps = {} is assumed", state_.parent,
               options_.parent_steps);
   }
@@ -58,7 +58,7 @@ void TrainingRun::find_start() {
   }
   if (!uptraining()) return;
   source_ = find_checkpoint(world_, options_.init_from);
-  state_.first_step = source_->state ? source_->state->step : options_.parent_steps;
+  state_.first_step = source_->step.value_or(options_.parent_steps);
   state_.step = state_.first_step;
   state_.samples = source_->state ? source_->state->samples : 0;
   state_.parent = source_->directory.string();
