@@ -150,7 +150,7 @@ std::vector<po::options_description> describe_options(Options& o) {
       "spike-threshold", bound(o.spike_threshold),
       "standard deviations above the recent mean from which a loss or gradient norm is a spike; 0: none is");
   group("Uptraining")("init-from", path(o.init_from),
-                      "parent: a run, one of its step directories, or a transformers T5 1.1")(
+                      "parent: a run, one of its step directories, or a T5 1.1 of transformers or T5X")(
       "alpha", bound(o.alpha), "train on for this share of the parent's steps")(
       "parent-steps", bound(o.parent_steps), "steps of a parent that does not say (public T5 1.1: 1000000)")(
       "parent-moments", flag(o.parent_moments),
@@ -175,7 +175,8 @@ std::vector<po::options_description> describe_options(Options& o) {
       "evaluate-every", bound(o.evaluate_every), "steps; 0: only at the end")(
       "evaluation-samples", bound(o.evaluation_samples), "held-out samples")(
       "progress-every", bound(o.progress_every), "steps between progress lines where output is no terminal")(
-      "checkpoint", path(o.checkpoint), "--evaluate: a run, a step directory, or a transformers T5 1.1");
+      "checkpoint", path(o.checkpoint),
+      "--evaluate: a run, a step directory, or a T5 1.1 of transformers or T5X");
   group("Text to corpus")("input", paths(o.inputs),
                           "text, JSON lines ({\"text\": ...}), .gz of either, or folders of them")(
       "output", path(o.output), "the corpus folder, the vocabulary file, or the converted run")(

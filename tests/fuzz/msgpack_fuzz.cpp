@@ -1,5 +1,5 @@
-// libFuzzer: whatever the bytes of a msgpack file, it is a tree whose arrays lie inside the file, or it is refused
-// with a UserError of one line.
+// libFuzzer: whatever the bytes of a msgpack file, it is a tree whose arrays lie inside the file, or it is
+// refused with a UserError of one line.
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -12,10 +12,12 @@ namespace {
 
 void check_arrays(const regroup::MsgpackValue& value, std::uint64_t size) {
   if (value.kind == regroup::MsgpackValue::Kind::kArray) {
-    regroup::check(value.array.begin <= value.array.end && value.array.end <= size, "an array outside its file");
+    regroup::check(value.array.begin <= value.array.end && value.array.end <= size,
+                   "an array outside its file");
     if (regroup::type_of_numpy(value.type_name)) {
-      regroup::check(regroup::stored_bytes(value.array.type, value.array.shape) == value.array.end - value.array.begin,
-                     "an array of other bytes");
+      regroup::check(
+          regroup::stored_bytes(value.array.type, value.array.shape) == value.array.end - value.array.begin,
+          "an array of other bytes");
     }
   }
   for (const auto& item : value.list) check_arrays(item, size);

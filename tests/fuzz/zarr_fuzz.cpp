@@ -1,5 +1,6 @@
-// libFuzzer: whatever a .zarray says and its chunk holds, it is an array that is possible and bytes that fill the chunk,
-// or refused with a UserError of one line. The input: the text of a .zarray, a line feed, the bytes of a chunk.
+// libFuzzer: whatever a .zarray says and its chunk holds, it is an array that is possible and bytes that fill
+// the chunk, or refused with a UserError of one line. The input: the text of a .zarray, a line feed, the
+// bytes of a chunk.
 #include <cstddef>
 #include <cstdint>
 #include <span>

@@ -11,6 +11,7 @@ has the parameters and, from the transposed gradients by rows and columns, the s
 """
 
 import argparse
+import json
 import pathlib
 import re
 import shutil
@@ -176,8 +177,11 @@ def make_fixtures(output):
             continue
         described[path] = write_zarr(step_folder, path, array, CHUNKS.get(path.removeprefix("target/"), array.shape))
     write_index(step_folder / "checkpoint", described)
+    config = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    config |= {key: value for key, value in SHAPE.items() if "groups" not in key and key != "z_loss"}
     for folder in (legacy, native):
         save_file(expected, folder / "expected.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_torch_file(contents, native / "contents.safetensors")
     print(f"loss {loss.item():.7f}, {len(weights)} parameters")
 

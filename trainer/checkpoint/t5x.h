@@ -31,8 +31,8 @@ struct FactoredSlots {
 FactoredSlots factored_slots(const std::vector<index_t>& file_shape, bool transposed);
 
 // The msgpack file of the T5X checkpoint that `path` names: such a file, a directory that has it under the
-// name `checkpoint`, or a directory of `checkpoint_<step>` directories (the newest with such a file). Nothing
-// where it is something else.
+// name `checkpoint`, or the directory of a run, which has such directories, or files, called
+// checkpoint_<step> (the newest). Nothing where it is something else.
 std::optional<std::filesystem::path> t5x_index(const std::filesystem::path& path);
 
 // What such a file holds. Every error is a UserError naming the file and, where there is one, the array.
