@@ -34,10 +34,9 @@ std::optional<StoredType> type_of_numpy(std::string_view name);
 
 // The tree, without the elements of its arrays: memory is bounded by what is not one of those, and by 64 MiB
 // of text and 2^18 values. Binary data, complex numbers and unknown extensions are kOther. UserError
-// "<where>:
-// ..." for anything broken: cut short, bytes behind the end, counts that cannot be, nesting deeper than 32,
-// keys that are not texts, that are there twice or have control characters, arrays whose shape does not suit
-// their bytes. Throws nothing else, whatever the bytes are.
+// "<where>: ..." for anything broken: cut short, bytes behind the end, counts that cannot be, nesting deeper
+// than 32, keys that are not texts, that are there twice or have control characters, arrays whose shape does
+// not suit their bytes. Throws nothing else, whatever the bytes are.
 MsgpackValue parse_msgpack(const ByteSource& source, std::string_view where);
 
 }  // namespace regroup

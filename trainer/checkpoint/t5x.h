@@ -1,10 +1,9 @@
 // Checkpoints of T5X (t5x/checkpoints.py): a file `checkpoint`, msgpack, with the tree {"version",
-// "optimizer":
-// {"target": parameters, "state": {"step", "param_states": Adafactor's slots}}}. An array is a leaf of that
-// tree
-// ("legacy" checkpoints: all of them), or a zarr array in a directory beside it, of which the tree has
-// TensorStore's description. Tensors are offered under transformers' names (names.h), slots under the
-// optimizer's of this program: "<parameter>.second_moment", ".second_moment_row", ".second_moment_column".
+// "optimizer": {"target": parameters, "state": {"step", "param_states": Adafactor's slots}}}. An array is a
+// leaf of that tree ("legacy" checkpoints: all of them), or a zarr array in a directory beside it, of which
+// the tree has TensorStore's description. Tensors are offered under transformers' names (names.h), slots
+// under the optimizer's of this program: "<parameter>.second_moment", ".second_moment_row",
+// ".second_moment_column".
 #pragma once
 
 #include <filesystem>

@@ -60,12 +60,10 @@ index_t budget_of(const std::vector<index_t>& groups, index_t heads) {
 ModelConfig config_of_shapes(const std::vector<const StoredTensor*>& tensors, std::string_view where) {
   const Shapes shapes(tensors, where);
   const std::string encoder = "encoder.block.0.layer.", decoder = "decoder.block.0.layer.";
-  if (shapes.has(encoder + "1.DenseReluDense.wi.weight")) {
-    throw UserError("{}: T5 1.0's relu feed-forward is not this model", where);
-  }
-  if (!shapes.has("lm_head.weight")) {
-    throw UserError("{}: it has no logits_dense: T5 1.0's tied output is not this model", where);
-  }
+  const bool relu = shapes.has(encoder + "1.DenseReluDense.wi.weight");
+  if (relu) throw UserError("{}: T5 1.0's relu feed-forward is not this model", where);
+  const bool tied = !shapes.has("lm_head.weight");
+  if (tied) throw UserError("{}: it has no logits_dense: T5 1.0's tied output is not this model", where);
   ModelConfig config;
   config.vocab_size = shapes.extent("shared.weight", 0);
   config.d_model = shapes.extent("shared.weight", 1);
@@ -73,7 +71,7 @@ ModelConfig config_of_shapes(const std::vector<const StoredTensor*>& tensors, st
   config.relative_attention_num_buckets = shapes.extent(bias, 0);
   config.num_heads = shapes.extent(bias, 1);
   config.d_kv = shapes.heads(encoder + "0.SelfAttention.q.weight", config.num_heads);
-  config.d_ff = shapes.extent(encoder + "1.DenseReluDense.wi_0.weight", 0);
+  config.d_ff = shapes.extent(encoder + "1.DenseReluDense." + (relu ? "wi.weight" : "wi_0.weight"), 0);
   config.num_layers = shapes.layers("encoder");
   config.num_decoder_layers = shapes.layers("decoder");
   config.encoder_kv_groups = shapes.heads(encoder + "0.SelfAttention.k.weight", config.d_kv);

@@ -32,8 +32,7 @@ ZarrMetadata zarr_metadata(const nlohmann::json& fields, std::string_view where)
 std::string to_json(const ZarrMetadata& metadata);
 
 // Fills `bytes` with what a gzip or zlib stream decompresses to, a quarter of a MiB of it at a time.
-// UserError
-// "<where>: ..." unless that is whole and exactly as much.
+// UserError "<where>: ..." unless that is whole and exactly as much.
 void decompress(const ByteSource& source, std::span<std::byte> bytes, std::string_view where);
 
 // One array of up to two dimensions, in the file's own order. Opens chunk files only while it reads them.

@@ -79,9 +79,11 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
   if (is_step) {
     verify_step(world, source.directory, Verification::kSmall);
     const nlohmann::json json = step_state(world, source.directory);
-    world.run_together([&] { source.state = run_state_from_json(json, state.string()); });
-    source.step = source.state->step;
-    source.optimizer = moments_of(source);
+    world.run_together([&] {
+      source.state = run_state_from_json(json, state.string());
+      source.step = source.state->step;
+      source.optimizer = moments_of(source);
+    });
   }
   world.run_together([&] {
     source.config = model_config_from_json(read_text(config, 1 << 20), config.string());

@@ -33,8 +33,8 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
 // carry none. Collective; UserError naming the first damaged file.
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);
 
-// Fills the store's masters and weights from the checkpoint: this rank's slices, converted by the
-// plan where the store's model has fewer key/value groups. Collective; UserErrors as ConvertingReader.
+// Fills the store's masters and weights from the checkpoint: this rank's slices, converted by the plan where
+// the store's model has fewer key/value groups. Collective; UserErrors as ConvertingReader.
 void load_weights(const ProcessGroup& world, const CheckpointSource& source, Backend& backend,
                   ParameterStore& store, const ConversionPlan& plan = {});
 

@@ -12,8 +12,7 @@ namespace {
 // "shared.weight" of "shared.weight.second_moment_row".
 std::string parameter_of(const std::string& slot) { return slot.substr(0, slot.rfind('.')); }
 
-// The step at which the moments of a parent's parameter began: with the parent, if another program trained
-// it.
+// The step at which the moments of a parent's parameter began: with it, if another program trained it.
 index_t beginning_of(const CheckpointSource& parent, const std::string& parameter) {
   if (!parent.state) return 0;
   const auto own = parent.state->moment_offsets.find(parameter);
