@@ -121,10 +121,51 @@ class Inflater {
   z_stream stream_{};
 };
 
-// A slice of a matrix in the file's coordinates.
+// A part of a matrix, in the file's coordinates.
 struct Block {
   index_t first_row = 0, last_row = 0, first_column = 0, last_column = 0;
+
+  index_t rows() const { return last_row - first_row; }
+  index_t columns() const { return last_column - first_column; }
 };
+
+Block overlap(const Block& a, const Block& b) {
+  return {std::max(a.first_row, b.first_row), std::min(a.last_row, b.last_row),
+          std::max(a.first_column, b.first_column), std::min(a.last_column, b.last_column)};
+}
+
+// Moves what is `part` of a chunk to its front, row behind row.
+void gather(std::vector<std::byte>& bytes, const Block& chunk, const Block& part, index_t width) {
+  const index_t row_bytes = part.columns() * width;
+  for (index_t row = 0; row < part.rows(); ++row) {
+    const index_t from =
+        (part.first_row - chunk.first_row + row) * chunk.columns() + part.first_column - chunk.first_column;
+    std::memmove(bytes.data() + row * row_bytes, bytes.data() + from * width,
+                 static_cast<std::size_t>(row_bytes));
+  }
+}
+
+// Converts `part` of `whole`, which goes to `out`, or whose transpose does.
+void place(StoredType type, const std::byte* from, const Block& part, const Block& whole, bool transposed,
+           const Tensor& out) {
+  const index_t row = part.first_row - whole.first_row, column = part.first_column - whole.first_column;
+  const auto element = [&out](index_t at) {
+    return static_cast<std::byte*>(out.data) + at * size_of(out.dtype);
+  };
+  if (transposed) {
+    convert_transposed(type, from, part.rows(), part.columns(), out.dtype,
+                       element(column * whole.rows() + row), whole.rows());
+    return;
+  }
+  for (index_t r = 0; r < part.rows(); ++r, from += part.columns() * size_of(type)) {
+    std::byte* const to = element((row + r) * whole.columns() + column);
+    if (out.dtype == DType::kFloat64) {
+      convert_elements(type, from, part.columns(), reinterpret_cast<double*>(to));
+    } else {
+      convert_elements(type, from, part.columns(), reinterpret_cast<float*>(to));
+    }
+  }
+}
 
 // The array as a matrix: a vector is one row, a scalar one of one.
 std::pair<index_t, index_t> matrix_of(const std::vector<index_t>& shape) {
@@ -232,54 +273,30 @@ bool ZarrArray::read_chunk(index_t i, index_t j, std::vector<std::byte>& bytes) 
 }
 
 void ZarrArray::read(bool transposed, int dim, index_t begin, index_t end, const Tensor& out) const {
-  if (metadata_.shape.size() > 2) {
-    throw UserError("{}: it has {} dimensions; at most 2 can be read", directory_.string(),
-                    metadata_.shape.size());
+  const StoredType type = metadata_.type;
+  const std::vector<index_t>& shape = metadata_.shape;
+  if (shape.size() > 2) {
+    throw UserError("{}: it has {} dimensions; at most 2 can be read", directory_.string(), shape.size());
   }
-  const auto [rows, columns] = matrix_of(metadata_.shape);
+  const auto [rows, columns] = matrix_of(shape);
   const auto [chunk_rows, chunk_columns] = matrix_of(metadata_.chunks);
-  const bool cuts_rows = metadata_.shape.size() == 2 && (dim == 0) != transposed;
-  const Block block = cuts_rows                 ? Block{begin, end, 0, columns}
-                      : metadata_.shape.empty() ? Block{0, 1, 0, 1}
-                                                : Block{0, rows, begin, end};
-  const index_t width = size_of(metadata_.type);
-  const index_t stride =  // of the rows of `out`
-      transposed ? block.last_row - block.first_row : block.last_column - block.first_column;
-  std::vector<std::byte> chunk;
-  for (index_t i = block.first_row / chunk_rows; i * chunk_rows < block.last_row; ++i) {
-    for (index_t j = block.first_column / chunk_columns; j * chunk_columns < block.last_column; ++j) {
-      const bool there = read_chunk(i, j, chunk);
-      const index_t first_row = std::max(block.first_row, i * chunk_rows);
-      const index_t last_row = std::min(block.last_row, (i + 1) * chunk_rows);
-      const index_t first_column = std::max(block.first_column, j * chunk_columns);
-      const index_t last_column = std::min(block.last_column, (j + 1) * chunk_columns);
-      const index_t count = last_column - first_column;
-      const auto place = [&](index_t row, index_t column) {
-        const index_t at = transposed ? (column - block.first_column) * stride + row - block.first_row
-                                      : (row - block.first_row) * stride + column - block.first_column;
-        return static_cast<std::byte*>(out.data) + at * size_of(out.dtype);
-      };
-      if (!there)
-        chunk.assign(static_cast<std::size_t>((last_row - first_row) * count * width), std::byte{0});
-      // What is wanted of the chunk, side by side.
-      for (index_t row = first_row; there && row < last_row; ++row) {
-        const index_t from = (row - i * chunk_rows) * chunk_columns + first_column - j * chunk_columns;
-        std::memmove(chunk.data() + (row - first_row) * count * width, chunk.data() + from * width,
-                     static_cast<std::size_t>(count * width));
+  Block wanted = {0, rows, 0, columns};
+  if (shape.size() == 2 && (dim == 0) != transposed) {
+    wanted = {begin, end, 0, columns};
+  } else if (!shape.empty()) {
+    wanted = {0, rows, begin, end};
+  }
+  std::vector<std::byte> bytes;
+  for (index_t i = wanted.first_row / chunk_rows; i * chunk_rows < wanted.last_row; ++i) {
+    for (index_t j = wanted.first_column / chunk_columns; j * chunk_columns < wanted.last_column; ++j) {
+      const Block chunk = {i * chunk_rows, (i + 1) * chunk_rows, j * chunk_columns, (j + 1) * chunk_columns};
+      const Block part = overlap(chunk, wanted);
+      if (read_chunk(i, j, bytes)) {
+        gather(bytes, chunk, part, size_of(type));
+      } else {
+        bytes.assign(static_cast<std::size_t>(part.rows() * part.columns() * size_of(type)), std::byte{0});
       }
-      if (transposed) {
-        convert_transposed(metadata_.type, chunk.data(), last_row - first_row, count, out.dtype,
-                           place(first_row, first_column), stride);
-        continue;
-      }
-      for (index_t row = first_row; row < last_row; ++row) {
-        const std::byte* const from = chunk.data() + (row - first_row) * count * width;
-        if (out.dtype == DType::kFloat64) {
-          convert_elements(metadata_.type, from, count, reinterpret_cast<double*>(place(row, first_column)));
-        } else {
-          convert_elements(metadata_.type, from, count, reinterpret_cast<float*>(place(row, first_column)));
-        }
-      }
+      place(type, bytes.data(), part, wanted, transposed, out);
     }
   }
 }
