@@ -81,8 +81,9 @@ po::options_description describe_modes(Options& o) {
       "export", po::value<std::string>(&o.export_format)->value_name("FORMAT"),
       "a checkpoint for other programs (--checkpoint, --output): hf, with grouped heads and the code that "
       "runs "
-      "them in transformers; or hf-expanded, with heads repeated, for whatever loads a stock T5")(
-      "report", "compare finished runs (--runs)")(
+      "them in transformers; t5x, with the optimizer's moments; or either of them -expanded, with heads "
+      "repeated, for whatever loads a "
+      "stock T5")("report", "compare finished runs (--runs)")(
       "doctor", "look for what would make a run under this launcher slow or fragile");
   return group;
 }
@@ -155,7 +156,7 @@ std::vector<po::options_description> describe_options(Options& o) {
       "spike-threshold", bound(o.spike_threshold),
       "standard deviations above the recent mean from which a loss or gradient norm is a spike; 0: none is");
   group("Uptraining")("init-from", path(o.init_from),
-                      "parent: a run, one of its step directories, or a transformers T5 or mT5")(
+                      "parent: a run, one of its step directories, or a T5 or mT5 of transformers or T5X")(
       "alpha", bound(o.alpha), "train on for this share of the parent's steps")(
       "parent-steps", bound(o.parent_steps), "steps of a parent that does not say (public T5 1.1: 1000000)")(
       "parent-moments", flag(o.parent_moments),
@@ -181,7 +182,7 @@ std::vector<po::options_description> describe_options(Options& o) {
       "evaluation-samples", bound(o.evaluation_samples), "held-out samples")(
       "progress-every", bound(o.progress_every), "steps between progress lines where output is no terminal")(
       "checkpoint", path(o.checkpoint),
-      "--evaluate, --export: a run, a step directory, or a transformers T5 or mT5");
+      "--evaluate, --export: a run, a step directory, or a T5 or mT5 of transformers or T5X");
   group("Export")("export-type", text(o.export_type), "of the weights: fp32, bf16 or fp16")(
       "self-check", flag(o.self_check),
       "compare the logits of what was written with the checkpoint's on one batch; it takes both models, one "

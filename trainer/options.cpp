@@ -243,8 +243,11 @@ void validate(const Options& o) {
       }
       return;
     case Mode::kExport:
-      require_one_of("export", o.export_format, {"hf", "hf-expanded"});
+      require_one_of("export", o.export_format, {"hf", "hf-expanded", "t5x", "t5x-expanded"});
       require_one_of("export-type", o.export_type, {"fp32", "bf16", "fp16"});
+      if (o.export_format.starts_with("t5x") && o.export_type != "fp32") {
+        throw UserError("export-type = {}: T5X keeps its parameters in fp32; leave it out", o.export_type);
+      }
       require(!o.checkpoint.empty(), "export", "checkpoint", "a run or one of its step directories");
       require(!o.output.empty(), "export", "output", "the folder to make");
       return;

@@ -98,7 +98,7 @@ struct Options {
   std::filesystem::path checkpoint;  // --evaluate, --export: of what
 
   // Export.
-  std::string export_format;         // the value of --export: hf, hf-expanded
+  std::string export_format;         // the value of --export: hf, hf-expanded, t5x, t5x-expanded
   std::string export_type = "fp32";  // or bf16, fp16
   bool self_check = true;            // compare logits with the checkpoint's
 

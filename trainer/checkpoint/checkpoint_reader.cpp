@@ -12,6 +12,7 @@
 
 #include "kernels/base/error.h"
 #include "trainer/checkpoint/safetensors.h"
+#include "trainer/checkpoint/t5x.h"
 
 namespace regroup {
 namespace {
@@ -78,6 +79,10 @@ std::map<std::string, std::vector<index_t>> shapes_of(const Table& table) {
 }  // namespace
 
 CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std::string& stem) : path_(path) {
+  if (const auto index = t5x_index(path)) {
+    for (auto& file : open_t5x(*index, stem)) add(std::move(file));
+    return;
+  }
   std::error_code ignored;
   const auto single = path / (stem + ".safetensors");
   const auto index = path / (stem + ".safetensors.index.json");
@@ -96,6 +101,7 @@ CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std:
 }
 
 bool CheckpointReader::exists(const std::filesystem::path& directory, const std::string& stem) {
+  if (const auto index = t5x_index(directory)) return !open_t5x(*index, stem).empty();
   std::error_code ignored;
   return std::filesystem::is_regular_file(directory / (stem + ".safetensors"), ignored) ||
          std::filesystem::is_regular_file(directory / (stem + ".safetensors.index.json"), ignored);

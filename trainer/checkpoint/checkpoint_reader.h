@@ -21,7 +21,8 @@ namespace regroup {
 class CheckpointReader {
  public:
   // `path`: a .safetensors file, or a directory that has <stem>.safetensors, or <stem>.safetensors.index.json
-  // and its shards (whose names must be plain, which must exist, and must hold exactly what the index says).
+  // and its shards (whose names must be plain, which must exist, and must hold exactly what the index says),
+  // or a T5X checkpoint (t5x.h), whose "optimizer" are Adafactor's moments.
   explicit CheckpointReader(const std::filesystem::path& path, const std::string& stem = "model");
 
   // Whether `directory` holds such a checkpoint.

@@ -14,7 +14,7 @@ constexpr index_t kPieceElements = index_t{2} << 20;
 // Converts and writes rows of tensors, one piece at a time.
 class PieceWriter {
  public:
-  PieceWriter(const ReadRows& read, Heartbeat& heartbeat) : read_(read), heartbeat_(heartbeat) {}
+  PieceWriter(const ReadTensorRows& read, Heartbeat& heartbeat) : read_(read), heartbeat_(heartbeat) {}
 
   void write(const SharedOutputFile& file, const StoredTensor& tensor, std::uint64_t tensor_begin,
              index_t begin, index_t end) {
@@ -46,7 +46,7 @@ class PieceWriter {
                     tensor.name, *found);
   }
 
-  const ReadRows& read_;
+  const ReadTensorRows& read_;
   Heartbeat& heartbeat_;
   std::vector<float> values_;
   std::vector<std::byte> stored_;
@@ -55,8 +55,8 @@ class PieceWriter {
 }  // namespace
 
 void write_streamed(const ProcessGroup& world, const std::filesystem::path& directory,
-                    const std::string& stem, std::span<const StoredTensor> tensors, const ReadRows& read,
-                    const FileOptions& options) {
+                    const std::string& stem, std::span<const StoredTensor> tensors,
+                    const ReadTensorRows& read, const FileOptions& options) {
   const FilePlan plan = plan_files(stem, tensors, options);
   world.run_on(0, [&] {
     for (const PlannedFile& file : plan.files) create_file(directory / file.name, file.bytes);

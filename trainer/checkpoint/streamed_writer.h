@@ -13,7 +13,8 @@ namespace regroup {
 
 // Fills `out`, dense float32, with the rows [begin, end) of a tensor (of a vector: its elements). Not
 // collective.
-using ReadRows = std::function<void(const std::string& name, index_t begin, index_t end, const Tensor& out)>;
+using ReadTensorRows =
+    std::function<void(const std::string& name, index_t begin, index_t end, const Tensor& out)>;
 
 // Writes <stem>.safetensors (or shards and their index) with `tensors` (F32, F16 or BF16) into `directory`,
 // which exists. The ranks share the rows, in pieces of a few MiB, each of which is read, converted and
@@ -21,7 +22,7 @@ using ReadRows = std::function<void(const std::string& name, index_t begin, inde
 // of `read` and of the disk, and one that names a tensor with a value that is not finite or that F16 cannot
 // hold.
 void write_streamed(const ProcessGroup& world, const std::filesystem::path& directory,
-                    const std::string& stem, std::span<const StoredTensor> tensors, const ReadRows& read,
-                    const FileOptions& options = {});
+                    const std::string& stem, std::span<const StoredTensor> tensors,
+                    const ReadTensorRows& read, const FileOptions& options = {});
 
 }  // namespace regroup

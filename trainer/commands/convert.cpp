@@ -32,7 +32,7 @@ void open_data(const Options& options, const CheckpointSource& source, Conversio
 RunState converted_state(const Options& options, const CheckpointSource& source,
                          const ConversionReport& report) {
   RunState state;
-  state.step = state.first_step = source.state ? source.state->step : options.parent_steps;
+  state.step = state.first_step = source.step.value_or(options.parent_steps);
   if (source.state) {
     state.samples = source.state->samples;
     state.identity = source.state->identity;
@@ -49,9 +49,9 @@ RunState converted_state(const Options& options, const CheckpointSource& source,
 // What lies beside the tensors: the tokenizer is the parent's, or the corpus' that it was trained on.
 std::map<std::string, std::string> small_files(const CheckpointSource& source, const ConversionData& data,
                                                const ModelConfig& config) {
-  std::map<std::string, std::string> texts = files_to_take_along(source.directory);
+  std::map<std::string, std::string> texts = files_to_take_along(source.companions);
   texts["config.json"] = to_json(config);
-  if (const auto own = tokenizer_of(source.directory)) {
+  if (const auto own = tokenizer_of(source.companions)) {
     texts["tokenizer.model"] = read_text(*own);
   } else if (data.corpus) {
     texts["tokenizer.model"] = read_text(data.corpus->tokenizer_file());

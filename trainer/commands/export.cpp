@@ -4,6 +4,7 @@
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/hugging_face.h"
 #include "trainer/checkpoint/streamed_writer.h"
+#include "trainer/checkpoint/t5x.h"
 #include "trainer/commands/commands.h"
 #include "trainer/conversion/expanded_heads.h"
 #include "trainer/run/logit_check.h"
@@ -39,19 +40,71 @@ std::map<std::string, std::string> companions_of(const std::filesystem::path& so
   return texts;
 }
 
+// The rows of the checkpoint's tensors, or of those of its expanded model. `reader` outlives it.
+ReadTensorRows rows_of(const CheckpointReader& reader, const ModelConfig& config, bool expand) {
+  if (expand) {
+    return [expanding = ExpandedReader(reader, config)](const std::string& name, index_t begin, index_t end,
+                                                        const Tensor& out) {
+      expanding.read_rows(name, begin, end, out);
+    };
+  }
+  return [&reader](const std::string& name, index_t begin, index_t end, const Tensor& out) {
+    reader.read(name, 0, begin, end, out);
+  };
+}
+
 void write_hugging_face(const ProcessGroup& world, const CheckpointSource& source, bool expand,
                         StoredType type, const std::filesystem::path& folder) {
   const ModelConfig config = expand ? expanded(source.config) : source.config;
   std::optional<CheckpointReader> reader;
   world.run_together([&] { reader.emplace(source.directory); });
-  const ExpandedReader expanding(*reader, source.config);
-  const ReadRows rows = [&](const std::string& name, index_t begin, index_t end, const Tensor& out) {
-    expand ? expanding.read_rows(name, begin, end, out) : reader->read(name, 0, begin, end, out);
-  };
-  write_streamed(world, folder, "model", exported_tensors(config, type), rows);
+  write_streamed(world, folder, "model", exported_tensors(config, type),
+                 rows_of(*reader, source.config, expand));
   world.run_on(0, [&] {
-    auto texts = companions_of(source.directory);
+    auto texts = companions_of(source.companions);
     texts.merge(expand ? stock_model_files(config, type) : compact_model_files(config, type));
+    for (const auto& [name, text] : texts) write_text(folder / name, text);
+  });
+}
+
+// <folder>/checkpoint_<step>, with Adafactor's moments where the checkpoint has them and heads stay as they
+// are.
+void write_t5x(const ProcessGroup& world, const CheckpointSource& source, bool expand, index_t step,
+               const std::filesystem::path& folder) {
+  const ModelConfig config = expand ? expanded(source.config) : source.config;
+  const std::filesystem::path target = folder / fmt::format("checkpoint_{}", step);
+  std::optional<CheckpointReader> model, moments;
+  std::vector<T5xTensor> tensors;
+  world.run_together([&] {
+    model.emplace(source.directory);
+    for (const ParameterSpec& spec : parameter_table(config)) tensors.push_back({spec.name, spec.shape});
+    if (expand || source.optimizer != "adafactor") return;
+    moments.emplace(source.directory, "optimizer");
+    for (const StoredTensor* slot : moments->tensors()) tensors.push_back({slot->name, slot->shape});
+  });
+  world.run_on(0, [&] { regroup::create_directories(target); });
+  const T5xWriter writer(target, tensors);
+  const ReadTensorRows parameters = rows_of(*model, source.config, expand);
+  world.run_together([&] {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (i % static_cast<std::size_t>(world.size()) != static_cast<std::size_t>(world.rank())) continue;
+      world.heartbeat().beat("exporting tensors");
+      writer.write(i, [&](index_t begin, index_t end, float* rows) {
+        std::vector<index_t> shape = tensors[i].shape;
+        shape[0] = end - begin;
+        const Tensor out(rows, DType::kFloat32, shape);
+        if (model->find(tensors[i].name) == nullptr) {
+          moments->read(tensors[i].name, 0, begin, end, out);
+        } else {
+          parameters(tensors[i].name, begin, end, out);
+        }
+      });
+    }
+  });
+  world.run_on(0, [&] {
+    writer.write_index(step);
+    auto texts = companions_of(source.companions);
+    texts["config.json"] = to_json(config);
     for (const auto& [name, text] : texts) write_text(folder / name, text);
   });
 }
@@ -75,7 +128,7 @@ void check_export(const Options& options, const ProcessGroup& world, const Log& 
 int export_command(const Options& options, const ProcessGroup& world, const Log& log) {
   const Watchdog watchdog(world, options.hang_timeout, log);
   const CheckpointSource source = find_checkpoint(world, options.checkpoint);
-  const bool expand = options.export_format == "hf-expanded";
+  const bool expand = options.export_format.ends_with("-expanded");
   Layout layout;
   std::filesystem::path folder = options.output;
   folder += ".partial";
@@ -91,7 +144,11 @@ int export_command(const Options& options, const ProcessGroup& world, const Log&
     remove_tree(folder);
     regroup::create_directories(folder);
   });
-  write_hugging_face(world, source, expand, exported_type(options.export_type), folder);
+  if (options.export_format.starts_with("t5x")) {
+    write_t5x(world, source, expand, source.step.value_or(options.parent_steps), folder);
+  } else {
+    write_hugging_face(world, source, expand, exported_type(options.export_type), folder);
+  }
   if (options.self_check) check_export(options, world, log, layout, source, folder);
   world.run_on(0, [&] {
     sync_to_disk(folder);

@@ -8,15 +8,65 @@
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/step_directory.h"
+#include "trainer/checkpoint/t5x.h"
 #include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
 
 namespace regroup {
+namespace {
+
+// Where the files that go with a T5X checkpoint lie: in its directory, or in the one of its run.
+std::filesystem::path companions_of(const std::filesystem::path& index) {
+  const std::filesystem::path own = index.parent_path();
+  const bool of_run = own.filename().string().starts_with("checkpoint_");
+  for (const char* name : {"config.json", "tokenizer.model"}) {
+    if (std::filesystem::exists(own / name)) return own;
+    if (of_run && std::filesystem::exists(own.parent_path() / name)) return own.parent_path();
+  }
+  return own;
+}
+
+// The same file on every rank, whatever is written beside it meanwhile.
+std::optional<std::filesystem::path> find_t5x(const ProcessGroup& world, const std::filesystem::path& path) {
+  std::string found;
+  world.run_on(0, [&] { found = t5x_index(path).value_or("").string(); });
+  found = world.broadcast(found);
+  if (found.empty()) return std::nullopt;
+  return found;
+}
+
+CheckpointSource t5x_source(const ProcessGroup& world, const std::filesystem::path& index) {
+  const bool in_directory = index.filename() == "checkpoint";
+  CheckpointSource source{.directory = in_directory ? index.parent_path() : index};
+  world.run_together([&] {
+    source.companions = companions_of(index);
+    const CheckpointReader reader(source.directory);
+    const std::filesystem::path config = source.companions / "config.json";
+    source.config = std::filesystem::exists(config)
+                        ? model_config_from_json(read_text(config, 1 << 20), config.string())
+                        : config_of_shapes(reader.tensors(), index.string());
+    reader.require(parameter_table(source.config));
+    const T5xCheckpoint checkpoint(index);
+    source.step = checkpoint.step();
+    if (!checkpoint.moments().empty()) source.optimizer = "adafactor";
+  });
+  return source;
+}
+
+// Whose moments a checkpoint of this program holds.
+std::string moments_of(const CheckpointSource& source) {
+  if (!CheckpointReader::exists(source.directory, "optimizer")) return "";
+  return source.state->identity.value("optimizer", "");
+}
+
+}  // namespace
 
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path) {
+  if (const auto index = find_t5x(world, path)) return t5x_source(world, *index);
   CheckpointSource source{.directory = path};
   const CheckpointStore store(world, path);
   if (const std::optional<index_t> step = store.latest()) source.directory = store.path_of(*step);
+  source.companions = source.directory;
   const std::filesystem::path config = source.directory / "config.json";
   const std::filesystem::path state = source.directory / "trainer.json";
   bool is_step = false;
@@ -26,16 +76,19 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
     is_step = std::filesystem::exists(state) || CheckpointReader::exists(source.directory, "optimizer");
     if (!is_step && !std::filesystem::exists(config)) {
       throw UserError(
-          "{} is neither a run with a complete checkpoint, nor a step directory, nor a model directory with "
-          "a "
-          "config.json",
+          "{} is neither a run with a complete checkpoint, nor a step directory, nor a T5X checkpoint, nor a "
+          "model directory with a config.json",
           path.string());
     }
   });
   if (is_step) {
     verify_step(world, source.directory, Verification::kSmall);
     const nlohmann::json json = step_state(world, source.directory);
-    world.run_together([&] { source.state = run_state_from_json(json, state.string()); });
+    world.run_together([&] {
+      source.state = run_state_from_json(json, state.string());
+      source.step = source.state->step;
+      source.optimizer = moments_of(source);
+    });
   }
   world.run_together([&] {
     source.config = model_config_from_json(read_text(config, 1 << 20), config.string());
@@ -105,7 +158,7 @@ void require_same_vocabulary(const CheckpointSource& source, const Corpus& corpu
         "tokenizers",
         source.directory.string(), source.config.vocab_size, corpus.folder().string(), corpus.vocab_size());
   }
-  const std::optional<std::filesystem::path> tokenizer = tokenizer_of(source.directory);
+  const std::optional<std::filesystem::path> tokenizer = tokenizer_of(source.companions);
   if (!tokenizer || checksum_file(*tokenizer) == corpus.manifest().tokenizer_checksum) return;
   throw UserError(
       "the corpus {} was tokenized with another vocabulary than {}: prepare it with --tokenizer {}",

@@ -16,14 +16,18 @@
 namespace regroup {
 
 struct CheckpointSource {
-  std::filesystem::path directory;  // with model*.safetensors and config.json
+  std::filesystem::path directory;   // what CheckpointReader is given: with model*.safetensors, or T5X's
+  std::filesystem::path companions;  // where config.json and tokenizer.model lie, if they do
   ModelConfig config;
   std::optional<RunState> state;  // of a checkpoint that this program wrote
+  std::optional<index_t> step;    // how long it was trained, where it says so
+  std::string optimizer;          // whose moments are in it: "adafactor", "adamw", or none
 };
 
-// A run (its newest complete checkpoint), one of its step directories, wherever it lies now, or a directory
-// in transformers' layout. Reads configuration, state and the tensors' table only. Collective; UserError
-// saying what is missing, damaged or misshaped.
+// A run (its newest complete checkpoint), one of its step directories, wherever it lies now, a directory in
+// transformers' layout, or a T5X checkpoint (t5x.h), whose config.json, if there is one, lies in its
+// directory or the one around it; the shapes tell otherwise. Reads configuration, state and the tensors'
+// table only. Collective; UserError saying what is missing, damaged or misshaped.
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path);
 
 // Compares every byte of a checkpoint of this program with its checksums, the ranks sharing the work. Others

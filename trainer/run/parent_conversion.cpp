@@ -5,7 +5,9 @@
 #include <limits>
 #include <optional>
 
+#include "kernels/base/file.h"
 #include "trainer/checkpoint/step_directory.h"
+#include "trainer/checkpoint/t5x.h"
 #include "trainer/run/calibration.h"
 #include "trainer/run/evaluation.h"
 #include "trainer/run/model_options.h"
@@ -13,29 +15,49 @@
 namespace regroup {
 namespace {
 
-// A checkpoint of this program by its trainer.json, which has the checksums of all its files; another by the
-// bytes of its model.
+// The files that say what a model is: of a checkpoint of this program trainer.json, which has the checksums
+// of all the others; of T5X's the index and the arrays of parameters; the tensor files of others.
+std::vector<std::filesystem::path> model_files(const std::filesystem::path& directory) {
+  using std::filesystem::directory_iterator, std::filesystem::recursive_directory_iterator;
+  if (!std::filesystem::is_directory(directory)) return {directory};
+  if (std::filesystem::exists(directory / "trainer.json")) return {directory / "trainer.json"};
+  const bool t5x = t5x_index(directory).has_value();
+  std::vector<std::filesystem::path> files;
+  const auto add = [&](const std::filesystem::path& file) {
+    constexpr std::size_t kMost = std::size_t{1} << 20;
+    files.push_back(file);
+    if (files.size() > kMost) throw UserError("{} has more than {} files", directory.string(), kMost);
+  };
+  for (const auto& entry : directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    if (t5x ? name == "checkpoint" : (name.ends_with(".safetensors") || name.ends_with(".bin")))
+      add(entry.path());
+    if (!t5x || !entry.is_directory() || !name.starts_with("target.")) continue;
+    for (const auto& part : recursive_directory_iterator(entry.path())) {
+      if (part.is_regular_file()) add(part.path());
+    }
+  }
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+// Of one file its checksum; of a few theirs, one after the other; of many the checksum of those.
 std::string checksum_of(const ProcessGroup& world, const CheckpointSource& source) {
   std::string names;  // rank 0's, so that all look at the same
   world.run_on(0, [&] {
-    std::vector<std::string> all;
-    if (std::filesystem::exists(source.directory / "trainer.json")) {
-      all = {"trainer.json"};
-    } else {
-      for (const auto& entry : std::filesystem::directory_iterator(source.directory)) {
-        if (entry.path().extension() == ".safetensors") all.push_back(entry.path().filename().string());
-      }
-    }
-    std::sort(all.begin(), all.end());
-    names = nlohmann::json(all).dump();
+    nlohmann::json all = nlohmann::json::array();
+    for (const auto& file : model_files(source.directory)) all.push_back(file.string());
+    names = all.dump();
   });
   std::vector<std::filesystem::path> files;
   for (const nlohmann::json& name : nlohmann::json::parse(world.broadcast(names))) {
-    files.push_back(source.directory / name.get<std::string>());
+    files.emplace_back(name.get<std::string>());
   }
   std::string text;
-  for (const std::uint64_t checksum : tree_checksums(world, files)) text += fmt::format("{:016x}", checksum);
-  return text;
+  for (const std::uint64_t sum : tree_checksums(world, files)) text += fmt::format("{:016x}", sum);
+  constexpr std::size_t kFew = 64;
+  if (files.size() <= kFew) return text;
+  return fmt::format("{:016x}", checksum(std::as_bytes(std::span(text))));
 }
 
 ConversionProvenance provenance_of(const Options& options, const ProcessGroup& world,

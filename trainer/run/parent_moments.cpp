@@ -12,21 +12,26 @@ namespace {
 // "shared.weight" of "shared.weight.second_moment_row".
 std::string parameter_of(const std::string& slot) { return slot.substr(0, slot.rfind('.')); }
 
+// The step at which the moments of a parent's parameter began: with it, if another program trained it.
+index_t beginning_of(const CheckpointSource& parent, const std::string& parameter) {
+  if (!parent.state) return 0;
+  const auto own = parent.state->moment_offsets.find(parameter);
+  return own == parent.state->moment_offsets.end() ? parent.state->first_step : own->second;
+}
+
 }  // namespace
 
 MomentOffsets inherited_moments(const ProcessGroup& world, const CheckpointSource& parent,
                                 const ConversionPlan& plan, const std::string& optimizer) {
-  if (!parent.state || parent.state->identity.value("optimizer", "") != optimizer) return {};
+  if (parent.optimizer != optimizer) return {};
   MomentOffsets result;
   world.run_on(0, [&] {
-    if (!CheckpointReader::exists(parent.directory, "optimizer")) return;
     const std::set<std::string> changed = ConvertingReader::changed_parameters(plan);
     const CheckpointReader reader(parent.directory, "optimizer");
     for (const StoredTensor* slot : reader.tensors()) {
       const std::string parameter = parameter_of(slot->name);
       if (changed.contains(parameter)) continue;
-      const auto own = parent.state->moment_offsets.find(parameter);
-      result[parameter] = own == parent.state->moment_offsets.end() ? parent.state->first_step : own->second;
+      result[parameter] = beginning_of(parent, parameter);
     }
   });
   return nlohmann::json::parse(world.broadcast(nlohmann::json(result).dump())).get<MomentOffsets>();

@@ -29,7 +29,7 @@ TrainingRun::TrainingRun(const Options& options, const ProcessGroup& world, cons
   if (options_.verify_corpus) {
     world_.run_together([&] { corpus_->verify(world_.rank(), world_.size(), &world_.heartbeat()); });
   }
-  if (source_ && !source_->state) {
+  if (source_ && !source_->step) {
     log_.info("{} does not say how long it was trained: parent-steps = {} is assumed", state_.parent,
               options_.parent_steps);
   }
@@ -58,7 +58,7 @@ void TrainingRun::find_start() {
   }
   if (!uptraining()) return;
   source_ = find_checkpoint(world_, options_.init_from);
-  state_.first_step = source_->state ? source_->state->step : options_.parent_steps;
+  state_.first_step = source_->step.value_or(options_.parent_steps);
   state_.step = state_.first_step;
   state_.samples = source_->state ? source_->state->samples : 0;
   state_.parent = source_->directory.string();
@@ -83,7 +83,7 @@ void TrainingRun::decide() {
   if (source_) require_same_vocabulary(*source_, *corpus_);
   training_.emplace(*corpus_, Split::kTrain, training_samples(options_));
   heldout_.emplace(*corpus_, Split::kHeldout, heldout_samples(options_));
-  if (source_) taken_along_ = files_to_take_along(source_->directory);
+  if (source_) taken_along_ = files_to_take_along(source_->companions);
   layout_ = complete_layout(options_.layout, world_.size());
   validate_tensor_parallel(config_, layout_.tensor_parallel);
   if (source_) validate_tensor_parallel(source_->config, layout_.tensor_parallel);

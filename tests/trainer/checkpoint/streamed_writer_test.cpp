@@ -60,7 +60,7 @@ std::vector<StoredTensor> tensors_of(StoredType type) {
           {.name = "row", .type = type, .shape = {1, 5}}};
 }
 
-ReadRows rows_of(const std::vector<StoredTensor>& tensors) {
+ReadTensorRows rows_of(const std::vector<StoredTensor>& tensors) {
   return [&tensors](const std::string& name, index_t begin, index_t end, const Tensor& out) {
     const auto tensor =
         std::find_if(tensors.begin(), tensors.end(), [&](const StoredTensor& t) { return t.name == name; });
@@ -107,7 +107,7 @@ TEST(StreamedWriter, RefusesWhatCannotBeStored) {
   const SharedDirectory directory(world);
   const auto written = [&](StoredType type, float value) {
     const std::vector<StoredTensor> tensors = {{.name = "t", .type = type, .shape = {3}}};
-    const ReadRows rows = [&](const std::string&, index_t, index_t, const Tensor& out) {
+    const ReadTensorRows rows = [&](const std::string&, index_t, index_t, const Tensor& out) {
       std::fill_n(out.as<float>(), out.numel(), value);
     };
     const std::string message =

@@ -1,0 +1,87 @@
+// Arrays as directories of chunk files (zarr, version 2; TensorStore's "zarr" driver): <array>/.zarray
+// describes the array, "2.0" (or "2/0") is the chunk of rows 2R.. and columns 0.. of an array cut into [R,
+// C]. All chunks are of the same size, those at the edges too; each is compressed by itself.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "trainer/checkpoint/byte_source.h"
+#include "trainer/checkpoint/tensor_file.h"
+
+namespace regroup {
+
+struct ZarrMetadata {
+  StoredType type = StoredType::kF32;
+  std::vector<index_t> shape, chunks;
+  bool compressed = false;  // gzip or zlib
+  char separator = '.';     // of a chunk's numbers
+  bool zeros = false;       // a chunk that is not there is of zeros; otherwise it is missing
+
+  bool operator==(const ZarrMetadata&) const = default;
+};
+
+// From the fields of a .zarray. UserError "<where>: ..." for what is missing, impossible, or not supported:
+// other versions, types, compressors, filters, orders, fill values than 0 or none, chunks of more than 4 GiB.
+ZarrMetadata zarr_metadata(const nlohmann::json& fields, std::string_view where);
+// The text of such a file: gzip, row-major, no fill value.
+std::string to_json(const ZarrMetadata& metadata);
+
+// Fills `bytes` with what a gzip or zlib stream decompresses to, a quarter of a MiB of it at a time.
+// UserError "<where>: ..." unless that is whole and exactly as much.
+void decompress(const ByteSource& source, std::span<std::byte> bytes, std::string_view where);
+
+// One array of up to two dimensions, in the file's own order. Opens chunk files only while it reads them.
+class ZarrArray {
+ public:
+  ZarrArray(std::filesystem::path directory, ZarrMetadata metadata)
+      : directory_(std::move(directory)), metadata_(std::move(metadata)) {}
+
+  const ZarrMetadata& metadata() const { return metadata_; }
+  // As TensorFile::read() of the matrix, or of its transpose. Memory: a chunk.
+  void read(bool transposed, int dim, index_t begin, index_t end, const Tensor& out) const;
+  // The bytes of the chunk (i, j) (of a vector (0, j)); false where it is not there, which means zeros.
+  // UserError naming its file.
+  bool read_chunk(index_t i, index_t j, std::vector<std::byte>& bytes) const;
+
+ private:
+  std::filesystem::path chunk_path(index_t i, index_t j) const;
+
+  std::filesystem::path directory_;
+  ZarrMetadata metadata_;
+};
+
+// Gives rows [begin, end) of a matrix, or elements of a vector, as float32.
+using ReadRows = std::function<void(index_t begin, index_t end, float* rows)>;
+
+// Writes an array with its .zarray as float32: metadata.shape and .chunks are the file's, `read` gives rows
+// of the array or, where `transposed`, of its transpose. Memory: a chunk, and 4 MiB of rows (one at least).
+// UserError where the disk refuses.
+void write_zarr(const std::filesystem::path& directory, const ZarrMetadata& metadata, bool transposed,
+                const ReadRows& read);
+
+// Tensors that are zarr arrays.
+class ZarrFile final : public TensorFile {
+ public:
+  // `path`: the file that lists them, for messages. arrays[i] holds tensors[i].
+  ZarrFile(std::filesystem::path path, std::vector<StoredTensor> tensors, std::vector<ZarrArray> arrays)
+      : path_(std::move(path)), tensors_(std::move(tensors)), arrays_(std::move(arrays)) {}
+
+  const std::filesystem::path& path() const override { return path_; }
+  const std::vector<StoredTensor>& tensors() const override { return tensors_; }
+  void read(std::size_t index, int dim, index_t begin, index_t end, const Tensor& out) const override {
+    if (out.numel() == 0) return;
+    arrays_[index].read(tensors_[index].transposed, dim, begin, end, out);
+  }
+
+ private:
+  std::filesystem::path path_;
+  std::vector<StoredTensor> tensors_;
+  std::vector<ZarrArray> arrays_;
+};
+
+}  // namespace regroup
