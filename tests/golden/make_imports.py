@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes imports/<case>/: one tiny T5 1.1 model in every format that a checkpoint may come in.
+"""Writes imports/<case>/: one tiny T5 1.1 model in every format that a checkpoint may come in. And torch/*.bin:
+tensors of all kinds in PyTorch's own formats.
 
 Every case has config.json as transformers writes it, the weights in its format and type, and expected.safetensors:
 input_ids, labels, and the logits and loss that transformers computes in fp32 from the stored (rounded) weights.
@@ -100,7 +101,7 @@ FORMATS = {
 
 def make_case(name, source, output):
     write, dtype = FORMATS[name]
-    directory = output / name
+    directory = output / "imports" / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     model = source.model(dtype)
@@ -113,9 +114,27 @@ def make_case(name, source, output):
     print(f"{name}: loss {loss:.7f}, {sizes}")
 
 
+def make_torch_files(directory):
+    """Types, ranks, views and shared storages; elements count up from 0 in every one."""
+    grid = torch.arange(12.0)
+    tensors = {
+        "matrix": grid.view(3, 4), "same": grid.view(3, 4), "transposed": grid.view(3, 4).t(), "part": grid[4:10],
+        "parameter": torch.nn.Parameter(torch.arange(6.0).view(1, 2, 3)), "scalar": torch.tensor(7.0),
+        "empty": torch.zeros(0, 3), "column": torch.arange(5.0)[:, None],
+        "f64": torch.arange(3.0).double(), "f16": torch.arange(3.0).half(), "bf16": torch.arange(3.0).bfloat16(),
+        "i64": torch.arange(3), "i32": torch.arange(3).int(), "i16": torch.arange(3).short(),
+        "i8": torch.arange(3).char(), "u8": torch.arange(3).byte(), "bool": torch.arange(3) > 0}
+    directory.mkdir(exist_ok=True)
+    torch.save(tensors, directory / "zip.bin")
+    torch.save(tensors, directory / "zip_protocol4.bin", pickle_protocol=4)
+    torch.save(tensors, directory / "legacy.bin", _use_new_zipfile_serialization=False)
+    torch.save(tensors, directory / "legacy_protocol5.bin", _use_new_zipfile_serialization=False,
+               pickle_protocol=5)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "imports")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     parser.add_argument("--cases", nargs="*", choices=FORMATS, default=list(FORMATS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -123,6 +142,7 @@ def main():
     source = Source()
     for name in arguments.cases:
         make_case(name, source, arguments.output)
+    make_torch_files(arguments.output / "torch")
 
 
 if __name__ == "__main__":
