@@ -48,7 +48,7 @@ struct Pickle {
   std::size_t size = 0;  // bytes, up to and with its STOP
 };
 
-// Bytes of a pickle, and values in it; more are refused. T5 1.1 XXL's has 150 kB.
+// Bytes of a pickle, and values in it; more are refused. That of T5 1.1 XXL has about 130 kB.
 inline constexpr std::size_t kMaxPickleBytes = std::size_t{4} << 20;
 inline constexpr std::size_t kMaxPickleValues = std::size_t{1} << 19;
 

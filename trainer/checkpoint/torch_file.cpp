@@ -125,12 +125,6 @@ class StateDict {
     if (strides.size() != tensor.shape.size()) fail_tensor("is damaged");
     const auto bytes = stored_bytes(tensor.type, tensor.shape);
     if (!bytes) fail_tensor("has the impossible shape {}", shape_text(tensor.shape));
-    const auto width = static_cast<std::uint64_t>(size_of(tensor.type));
-    const auto offset = static_cast<std::uint64_t>(values[1]->number);  // a negative one is beyond any end
-    if (offset > storage.count || *bytes / width > storage.count - offset) {
-      fail_tensor("of shape {} at element {} reaches beyond its storage of {}", shape_text(tensor.shape),
-                  values[1]->number, storage.count);
-    }
     if (!lies_row_major(tensor.shape, strides)) {
       tensor.transposed = strides.size() == 2 && strides[0] == 1 && strides[1] == tensor.shape[0];
       if (!tensor.transposed) {
@@ -139,6 +133,12 @@ class StateDict {
             "(tensor.contiguous())",
             shape_text(tensor.shape), shape_text(strides));
       }
+    }
+    const auto width = static_cast<std::uint64_t>(size_of(tensor.type));
+    const auto offset = static_cast<std::uint64_t>(values[1]->number);  // a negative one is beyond any end
+    if (offset > storage.count || *bytes / width > storage.count - offset) {
+      fail_tensor("of shape {} at element {} reaches beyond its storage of {}", shape_text(tensor.shape),
+                  values[1]->number, storage.count);
     }
     tensor.begin = offset * width;
     tensor.end = tensor.begin + *bytes;

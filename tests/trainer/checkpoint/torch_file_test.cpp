@@ -183,6 +183,7 @@ TEST_F(TorchFile, ReadsTransposesAndRefusesOtherStrides) {
     EXPECT_THAT(refused_tensor({.shape = {2, 3}, .strides = strides, .count = 6}),
                 AllOf(HasSubstr("tensor 'weight' of shape [2, 3]"), HasSubstr("neither row-major nor a")));
   }
+  EXPECT_THAT(refused_tensor({.shape = {1 << 20, 6}, .strides = {0, 1}, .count = 6}), HasSubstr("strides"));
   EXPECT_THAT(refused_tensor({.shape = {1, 2, 3}, .strides = {6, 1, 2}, .count = 6}), HasSubstr("strides"));
   // Where there is one index only its stride says nothing.
   EXPECT_EQ(refused_tensor({.shape = {1, 6, 1}, .strides = {-7, 1, 1 << 30}, .count = 6}), "accepted");
