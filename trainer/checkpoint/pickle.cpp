@@ -129,7 +129,7 @@ class Machine {
   using Items = std::vector<const PickleValue*>;
   Items pop_many(std::size_t count) {
     if (stack_.size() - floor() < count) fail("the pickle takes a value from an empty stack");
-    const Items items(stack_.end() - static_cast<std::ptrdiff_t>(count), stack_.end());
+    Items items(stack_.end() - static_cast<std::ptrdiff_t>(count), stack_.end());
     stack_.resize(stack_.size() - count);
     return items;
   }

@@ -38,6 +38,7 @@ std::string_view describe(PickleValue::Kind kind);
 // What a pickle makes, unevaluated. Move-only: the values point to one another.
 struct Pickle {
   Pickle() = default;
+  ~Pickle() = default;
   Pickle(Pickle&&) = default;
   Pickle& operator=(Pickle&&) = default;
   Pickle(const Pickle&) = delete;

@@ -52,6 +52,7 @@ class Reader {
     if (!rest.empty()) fail("the directory has {} bytes too many", rest.size());
     check_places(all, directory.begin);
     std::vector<ZipEntry> result;
+    result.reserve(all.size());
     for (Placed& placed : all) result.push_back(std::move(placed.entry));
     return result;
   }
@@ -73,7 +74,7 @@ class Reader {
 
   template <std::size_t size>
   std::array<std::byte, size> record(std::uint64_t at) const {
-    std::array<std::byte, size> bytes;
+    std::array<std::byte, size> bytes{};
     file_.read(at, bytes);
     return bytes;
   }
