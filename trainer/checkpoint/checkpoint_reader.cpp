@@ -13,9 +13,23 @@
 #include "kernels/base/error.h"
 #include "trainer/checkpoint/safetensors.h"
 #include "trainer/checkpoint/t5x.h"
+#include "trainer/checkpoint/torch_file.h"
 
 namespace regroup {
 namespace {
+
+// What a checkpoint's file is called in its directory, and how the names of its parts end where an index
+// names several. PyTorch's are a model's only, and second to safetensors.
+struct FileName {
+  std::string single, suffix;
+};
+constexpr const char* kIndexSuffix = ".index.json";
+
+std::vector<FileName> file_names(const std::string& stem) {
+  std::vector<FileName> names = {{stem + ".safetensors", ".safetensors"}};
+  if (stem == "model") names.push_back({"pytorch_model.bin", ".bin"});
+  return names;
+}
 
 // Whether transformers may have stored it beside what the model needs.
 bool is_ignorable(std::string_view name) {
@@ -84,31 +98,46 @@ CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std:
     return;
   }
   std::error_code ignored;
-  const auto single = path / (stem + ".safetensors");
-  const auto index = path / (stem + ".safetensors.index.json");
   if (std::filesystem::is_regular_file(path, ignored)) {
     add(open_file(path));
-  } else if (!std::filesystem::is_directory(path, ignored)) {
-    throw UserError("there is no checkpoint at {}: no such file or directory", path.string());
-  } else if (std::filesystem::exists(single, ignored)) {
-    add(open_file(single));
-  } else if (std::filesystem::exists(index, ignored)) {
-    open_indexed(index, ".safetensors");
-  } else {
-    throw UserError("there is no checkpoint in {}: it has neither {} nor {}", path.string(),
-                    single.filename().string(), index.filename().string());
+    return;
   }
+  if (!std::filesystem::is_directory(path, ignored)) {
+    throw UserError("there is no checkpoint at {}: no such file or directory", path.string());
+  }
+  std::vector<std::string> names;
+  for (const auto& [single, suffix] : file_names(stem)) {
+    const std::string index = single + kIndexSuffix;
+    if (std::filesystem::exists(path / single, ignored)) {
+      add(open_file(path / single));
+      return;
+    }
+    if (std::filesystem::exists(path / index, ignored)) {
+      open_indexed(path / index, suffix);
+      return;
+    }
+    names.insert(names.end(), {single, index});
+  }
+  throw UserError("there is no checkpoint in {}: it has neither {}", path.string(),
+                  fmt::join(names, " nor "));
 }
 
 bool CheckpointReader::exists(const std::filesystem::path& directory, const std::string& stem) {
   if (const auto index = t5x_index(directory)) return !open_t5x(*index, stem).empty();
   std::error_code ignored;
-  return std::filesystem::is_regular_file(directory / (stem + ".safetensors"), ignored) ||
-         std::filesystem::is_regular_file(directory / (stem + ".safetensors.index.json"), ignored);
+  const auto names = file_names(stem);
+  return std::any_of(names.begin(), names.end(), [&](const FileName& name) {
+    return std::filesystem::is_regular_file(directory / name.single, ignored) ||
+           std::filesystem::is_regular_file(directory / (name.single + kIndexSuffix), ignored);
+  });
 }
 
 std::unique_ptr<TensorFile> CheckpointReader::open_file(const std::filesystem::path& path) {
   InputFile file(path);
+  if (is_torch_file(file)) {
+    std::vector<StoredTensor> tensors = read_torch_tensors(file);
+    return std::make_unique<DenseFile>(std::move(file), std::move(tensors));
+  }
   SafetensorsHeader header = read_safetensors_header(file);
   if (files_.empty()) metadata_ = std::move(header.metadata);
   return std::make_unique<DenseFile>(std::move(file), std::move(header.tensors));

@@ -20,9 +20,11 @@ namespace regroup {
 // open. Every error is a UserError naming file and tensor.
 class CheckpointReader {
  public:
-  // `path`: a .safetensors file, or a directory that has <stem>.safetensors, or <stem>.safetensors.index.json
-  // and its shards (whose names must be plain, which must exist, and must hold exactly what the index says),
-  // or a T5X checkpoint (t5x.h), whose "optimizer" are Adafactor's moments.
+  // `path`: a safetensors file or PyTorch's (told apart by what they begin with), or a directory that has
+  // <stem>.safetensors, or <stem>.safetensors.index.json and its shards (whose names must be plain, which
+  // must exist, and must hold exactly what the index says); of a "model", where there are neither, PyTorch's
+  // pytorch_model.bin, or pytorch_model.bin.index.json and its shards; or a T5X checkpoint (t5x.h), whose
+  // "optimizer" are Adafactor's moments.
   explicit CheckpointReader(const std::filesystem::path& path, const std::string& stem = "model");
 
   // Whether `directory` holds such a checkpoint.

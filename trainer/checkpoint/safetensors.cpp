@@ -11,19 +11,13 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "trainer/checkpoint/little_endian.h"
 
 namespace regroup {
 namespace {
 
 constexpr std::size_t kMaxDimensions = 32;  // bounds what a hostile header can make us allocate
 constexpr std::uint64_t kAlignment = 8;
-
-std::uint64_t little_endian(std::span<const std::byte> bytes) {
-  std::uint64_t value = 0;
-  for (std::size_t i = bytes.size(); i-- > 0;)
-    value = (value << 8) | std::to_integer<std::uint64_t>(bytes[i]);
-  return value;
-}
 
 // Builds the header from the events of a JSON parser, so that names given twice are seen and nothing but the
 // schema is ever held in memory. A member that returns false ends parsing; failure() says why.

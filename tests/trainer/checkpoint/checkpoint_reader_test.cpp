@@ -244,8 +244,10 @@ TEST(CheckpointReader, SaysWhereThereIsNoCheckpoint) {
   const TemporaryDirectory directory;
   EXPECT_THAT(refusal([&] { CheckpointReader reader(directory / "none"); }),
               AllOf(HasSubstr("none"), HasSubstr("no such file")));
-  EXPECT_THAT(refusal([&] { CheckpointReader reader(directory.path()); }),
-              AllOf(HasSubstr("neither model.safetensors nor model.safetensors.index.json")));
+  EXPECT_THAT(
+      refusal([&] { CheckpointReader reader(directory.path()); }),
+      HasSubstr("neither model.safetensors nor model.safetensors.index.json nor pytorch_model.bin nor "
+                "pytorch_model.bin.index.json"));
   write_text(directory / "short.safetensors", "1234");
   EXPECT_THAT(refusal([&] { CheckpointReader reader(directory / "short.safetensors"); }),
               HasSubstr("too few"));
