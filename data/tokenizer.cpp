@@ -30,6 +30,18 @@ std::size_t chunk_end(std::string_view text) {
   return text.size();
 }
 
+// Whether the model's last pieces are <extra_id_99> .. <extra_id_0>, with or without a space in front.
+bool are_sentinels(const sentencepiece::SentencePieceProcessor& processor) {
+  const int last = processor.GetPieceSize() - 1;
+  if (last < Tokenizer::kSentinels) return false;
+  for (int i = 0; i < Tokenizer::kSentinels; ++i) {
+    const std::string sentinel = fmt::format("<extra_id_{}>", i);
+    const std::string& piece = processor.IdToPiece(last - i);
+    if (piece != sentinel && piece != "\xE2\x96\x81" + sentinel) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 Tokenizer::Tokenizer(const std::filesystem::path& path)
@@ -44,6 +56,7 @@ Tokenizer::Tokenizer(const std::filesystem::path& path)
         "the vocabulary {} has pad {}, eos {}, unk {}; T5's 0, 1, 2 are needed (see --train-tokenizer)",
         path.string(), processor_->pad_id(), processor_->eos_id(), processor_->unk_id());
   }
+  holds_sentinels_ = are_sentinels(*processor_);
   std::vector<std::int32_t> apart;
   std::vector<std::int32_t> joint;
   encode_chunk("of", apart);
@@ -56,7 +69,9 @@ Tokenizer::~Tokenizer() = default;
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 
-std::int32_t Tokenizer::piece_count() const { return processor_->GetPieceSize(); }
+std::int32_t Tokenizer::piece_count() const {
+  return processor_->GetPieceSize() - (holds_sentinels_ ? kSentinels : 0);
+}
 
 std::int32_t Tokenizer::vocab_size() const {
   return (extended_size() + kVocabMultiple - 1) / kVocabMultiple * kVocabMultiple;
@@ -71,7 +86,8 @@ void Tokenizer::encode_chunk(std::string_view text, std::vector<std::int32_t>& i
   std::vector<int> chunk;
   const auto status = processor_->Encode({text.data(), text.size()}, &chunk);
   if (!status.ok()) throw SystemError("SentencePiece could not encode a text: {}", status.message());
-  ids.insert(ids.end(), chunk.begin(), chunk.end());
+  // A text that spells a sentinel holds none.
+  for (const int id : chunk) ids.push_back(id < piece_count() ? id : kUnknown);
 }
 
 std::vector<std::int32_t> Tokenizer::encode(std::string_view text) const {

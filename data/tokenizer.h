@@ -19,8 +19,9 @@ namespace regroup {
 
 // A SentencePiece model under T5's conventions: the model's pieces have the ids [0, pieces), the 100
 // sentinels <extra_id_99> .. <extra_id_0> the ids [pieces, pieces + 100), and the embedding's rows are padded
-// to a multiple of 128 (32,000 pieces -> 32,100 ids -> 32,128 rows). Immutable after construction: encode()
-// and decode() may be called by several threads at once.
+// to a multiple of 128 (32,000 pieces -> 32,100 ids -> 32,128 rows). Where the model's last 100 pieces are
+// the sentinels already, as mT5's are, they are not counted as pieces (250,000 -> 250,100 -> 250,112).
+// Immutable after construction: encode() and decode() may be called by several threads at once.
 class Tokenizer {
  public:
   static constexpr std::int32_t kPad = 0;
@@ -44,10 +45,11 @@ class Tokenizer {
   // Throws UserError for an id outside [0, vocab_size()).
   std::string decode(std::span<const std::int32_t> ids) const;
 
-  std::int32_t piece_count() const;                                          // ids of the model itself
+  std::int32_t piece_count() const;                                          // ids of text
   std::int32_t extended_size() const { return piece_count() + kSentinels; }  // ids with a meaning
   std::int32_t vocab_size() const;                                           // rows of the embedding
   std::int32_t sentinel(std::int32_t i) const;                               // id of <extra_id_i>
+  bool holds_sentinels() const { return holds_sentinels_; }                  // as pieces of the model
   std::uint64_t checksum() const { return checksum_; }                       // XXH3 of the model file
 
  private:
@@ -55,6 +57,7 @@ class Tokenizer {
 
   std::unique_ptr<sentencepiece::SentencePieceProcessor> processor_;
   std::uint64_t checksum_ = 0;
+  bool holds_sentinels_ = false;
   bool splits_at_spaces_ = false;  // encode("a b") == encode("a") + encode("b")
 };
 

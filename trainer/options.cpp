@@ -248,7 +248,7 @@ void validate(const Options& o) {
       if (o.export_format.starts_with("t5x") && o.export_type != "fp32") {
         throw UserError("export-type = {}: T5X keeps its parameters in fp32; leave it out", o.export_type);
       }
-      require(!o.checkpoint.empty(), "export", "checkpoint", "a run or one of its step directories");
+      require(!o.checkpoint.empty(), "export", "checkpoint", "a run, a step directory, or another model");
       require(!o.output.empty(), "export", "output", "the folder to make");
       return;
     case Mode::kReport:

@@ -71,6 +71,35 @@ TEST(Tokenizer, RefusesOtherFiles) {
   EXPECT_NE(error_of([&] { Tokenizer{folder / "none.model"}; }).find("none.model"), std::string::npos);
 }
 
+// The serialized ModelProto with one more user-defined piece.
+void append_piece(std::string& model, const std::string& piece) {
+  std::string entry = "\x0A" + std::string(1, static_cast<char>(piece.size())) + piece;  // 1: piece
+  entry += std::string("\x15\0\0\0\0", 5) + std::string("\x18\x04", 2);                  // 2: score, 3: type
+  model += "\x0A" + std::string(1, static_cast<char>(entry.size())) + entry;
+}
+
+// As mT5's: sentinels are the last pieces of the model itself.
+TEST(Tokenizer, CountsSentinelsThatAreTheModelsPiecesOnce) {
+  const TemporaryFolder folder;
+  const auto plain_path = test::make_vocabulary(folder);
+  std::string model = test::read_bytes(plain_path);
+  for (int i = Tokenizer::kSentinels; i-- > 0;) {
+    append_piece(model, fmt::format("\xE2\x96\x81<extra_id_{}>", i));
+  }
+  test::write_bytes(folder / "own.model", model);
+  const Tokenizer plain(plain_path);
+  const Tokenizer own(folder / "own.model");
+  EXPECT_FALSE(plain.holds_sentinels());
+  EXPECT_TRUE(own.holds_sentinels());
+  EXPECT_EQ(own.piece_count(), plain.piece_count());
+  EXPECT_EQ(own.extended_size(), plain.extended_size());
+  EXPECT_EQ(own.vocab_size(), plain.vocab_size());
+  EXPECT_EQ(own.sentinel(0), plain.sentinel(0));
+  const std::vector<std::int32_t> ids = {5, own.sentinel(7), 6, own.sentinel(0)};
+  EXPECT_EQ(own.decode(ids), plain.decode(ids));
+  for (const std::int32_t id : own.encode("a text with <extra_id_3> in it")) EXPECT_LT(id, own.piece_count());
+}
+
 TEST(TokenizerTraining, GivesT5sIdsAndTheSameFileTwice) {
   const TemporaryFolder folder;
   const auto model = test::make_vocabulary(folder);

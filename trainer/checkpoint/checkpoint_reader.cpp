@@ -181,6 +181,13 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index, std::str
   }
 }
 
+std::vector<std::filesystem::path> CheckpointReader::files() const {
+  std::vector<std::filesystem::path> paths;
+  for (const auto& file : files_) paths.push_back(file->path());
+  std::sort(paths.begin(), paths.end());
+  return paths;
+}
+
 std::vector<const StoredTensor*> CheckpointReader::tensors() const {
   std::vector<const StoredTensor*> all;
   for (const auto& [name, location] : locations_) all.push_back(&stored(location));

@@ -31,14 +31,17 @@ class CheckpointReader {
   static bool exists(const std::filesystem::path& directory, const std::string& stem = "model");
 
   const std::filesystem::path& path() const { return path_; }
+  // What is read, in the order of their names.
+  std::vector<std::filesystem::path> files() const;
   // By name.
   std::vector<const StoredTensor*> tensors() const;
   const StoredTensor* find(const std::string& name) const;  // null where there is none
   const Metadata& metadata() const { return metadata_; }    // of the (first) file
 
   // One UserError that lists everything that is wrong: tensors that are missing, have another shape, or are
-  // not in the table. Aliases of shared.weight (encoder.embed_tokens.weight, decoder.embed_tokens.weight) and
-  // the unused EncDecAttention.relative_attention_bias of old transformers files are ignored.
+  // not in the table. Aliases of shared.weight (encoder.embed_tokens.weight, decoder.embed_tokens.weight,
+  // lm_head.weight where the table has none) and the unused EncDecAttention.relative_attention_bias of old
+  // transformers files are ignored.
   void require(std::span<const ParameterSpec> table) const;
   void require(std::span<const ShardedTensor> table) const;  // global shapes
 

@@ -48,10 +48,10 @@ std::string generation_config_text() {
   return fields.dump(2) + "\n";
 }
 
-std::string tokenizer_config_text() {
+std::string tokenizer_config_text(bool holds_sentinels) {
   constexpr int kSentinels = 100;
   ordered_json fields = {{"tokenizer_class", "T5Tokenizer"},
-                         {"extra_ids", kSentinels},
+                         {"extra_ids", holds_sentinels ? 0 : kSentinels},
                          {"eos_token", "</s>"},
                          {"pad_token", "<pad>"},
                          {"unk_token", "<unk>"},

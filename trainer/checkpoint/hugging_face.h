@@ -20,7 +20,8 @@ std::map<std::string, std::string> stock_model_files(const ModelConfig& config, 
 
 // generation_config.json of a T5: decoding starts with padding and ends with eos.
 std::string generation_config_text();
-// tokenizer_config.json for a SentencePiece model (spiece.model) with T5's 100 sentinels.
-std::string tokenizer_config_text();
+// tokenizer_config.json for a SentencePiece model (spiece.model) with T5's 100 sentinels, which it holds as
+// pieces or which the tokenizer has to add.
+std::string tokenizer_config_text(bool holds_sentinels);
 
 }  // namespace regroup

@@ -181,19 +181,21 @@ std::vector<FilePart> blocks_of(const std::vector<std::uint64_t>& sizes, std::ui
 std::vector<std::uint64_t> checksums_of(const std::vector<FilePart>& parts,
                                         const std::vector<std::filesystem::path>& files,
                                         Heartbeat& heartbeat) {
-  constexpr std::size_t kAhead = 8;  // parts: the disk has work while one is summed
-  std::vector<InputFile> open;
-  for (const auto& file : files) open.emplace_back(file);
+  constexpr std::size_t kAhead = 8;       // parts: the disk has work while one is summed
+  std::map<std::size_t, InputFile> open;  // those that parts lie in from the present one on
   std::vector<std::uint64_t> result;
   std::vector<std::byte> memory;
   std::size_t asked = 0;
   for (std::size_t i = 0; i < parts.size(); ++i) {
     heartbeat.beat("checking a checkpoint");
     for (; asked < std::min(parts.size(), i + kAhead); ++asked) {
-      open[parts[asked].file].prefetch(parts[asked].begin, parts[asked].bytes);
+      const FilePart& part = parts[asked];
+      const auto file = open.try_emplace(part.file, files[part.file]).first;
+      file->second.prefetch(part.begin, part.bytes);
     }
     memory.resize(parts[i].bytes);
-    open[parts[i].file].read(parts[i].begin, memory);
+    open.at(parts[i].file).read(parts[i].begin, memory);
+    open.erase(open.begin(), open.lower_bound(parts[i].file));
     result.push_back(checksum(memory));
   }
   return result;

@@ -1,6 +1,7 @@
 #include <map>
 #include <optional>
 
+#include "data/tokenizer.h"
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/hugging_face.h"
 #include "trainer/checkpoint/streamed_writer.h"
@@ -8,6 +9,7 @@
 #include "trainer/commands/commands.h"
 #include "trainer/conversion/expanded_heads.h"
 #include "trainer/run/logit_check.h"
+#include "trainer/run/unfinished_folder.h"
 #include "trainer/run/watchdog.h"
 
 namespace regroup {
@@ -27,16 +29,14 @@ std::vector<StoredTensor> exported_tensors(const ModelConfig& config, StoredType
   return tensors;
 }
 
-// What the model comes with: its tokenizer and how it generates.
-std::map<std::string, std::string> companions_of(const std::filesystem::path& source) {
-  constexpr std::uint64_t kLimit = std::uint64_t{64} << 20;
-  std::map<std::string, std::string> texts = {{"generation_config.json", generation_config_text()}};
-  for (const char* name : {"generation_config.json", "spiece.model", "tokenizer.json",
-                           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}) {
-    if (std::filesystem::exists(source / name)) texts[name] = read_text(source / name, kLimit);
+// What lies beside the weights: how the model generates, and its tokenizer.
+std::map<std::string, std::string> small_files(const std::filesystem::path& companions) {
+  std::map<std::string, std::string> texts = files_to_take_along(companions);
+  texts.emplace("generation_config.json", generation_config_text());
+  if (const auto tokenizer = tokenizer_of(companions)) {
+    texts["spiece.model"] = read_text(*tokenizer);
+    texts.emplace("tokenizer_config.json", tokenizer_config_text(Tokenizer(*tokenizer).holds_sentinels()));
   }
-  if (const auto own = tokenizer_of(source)) texts.emplace("spiece.model", read_text(*own, kLimit));
-  if (texts.contains("spiece.model")) texts.emplace("tokenizer_config.json", tokenizer_config_text());
   return texts;
 }
 
@@ -61,7 +61,7 @@ void write_hugging_face(const ProcessGroup& world, const CheckpointSource& sourc
   write_streamed(world, folder, "model", exported_tensors(config, type),
                  rows_of(*reader, source.config, expand));
   world.run_on(0, [&] {
-    auto texts = companions_of(source.companions);
+    auto texts = small_files(source.companions);
     texts.merge(expand ? stock_model_files(config, type) : compact_model_files(config, type));
     for (const auto& [name, text] : texts) write_text(folder / name, text);
   });
@@ -98,29 +98,56 @@ void write_t5x(const ProcessGroup& world, const CheckpointSource& source, bool e
         } else {
           parameters(tensors[i].name, begin, end, out);
         }
+        if (!all_finite(rows, out.numel())) {
+          throw UserError("tensor '{}' holds values that are not finite", tensors[i].name);
+        }
       });
     }
   });
   world.run_on(0, [&] {
     writer.write_index(step);
-    auto texts = companions_of(source.companions);
+    auto texts = small_files(source.companions);
     texts["config.json"] = to_json(config);
     for (const auto& [name, text] : texts) write_text(folder / name, text);
   });
 }
 
-// Fails where the logits differ by more than rounding to `type` explains.
-void check_export(const Options& options, const ProcessGroup& world, const Log& log, const Layout& layout,
-                  const CheckpointSource& source, const std::filesystem::path& folder) {
-  const RankDevice device = open_device(options, world, log);
-  const LogitDifference found = compare_logits(world, layout, device, source, find_checkpoint(world, folder));
+// The layout asked for; where nothing was asked, as many tensor-parallel ranks as can be, since the
+// self-check holds the model in fp32.
+Layout export_layout(const Options& options, const ModelConfig& config, int ranks) {
+  Layout layout = options.layout;
+  if (!options.given.contains("tensor-parallel") && !options.given.contains("data-parallel")) {
+    const auto fits = [&](int tp) {
+      try {
+        validate_tensor_parallel(config, tp);
+        return ranks % tp == 0;
+      } catch (const UserError&) {
+        return false;
+      }
+    };
+    layout.tensor_parallel = ranks;
+    while (!fits(layout.tensor_parallel)) --layout.tensor_parallel;
+  }
+  layout = complete_layout(layout, ranks);
+  validate_tensor_parallel(config, layout.tensor_parallel);
+  return layout;
+}
+
+// Fails where what was written computes something else than the checkpoint, rounded as it was.
+void compare_with(const std::vector<float>& logits, const ProcessGroup& world, const Log& log,
+                  const Layout& layout, const RankDevice& device, const CheckpointSource& written) {
+  const LogitDifference found = compare_logits(world, logits, check_logits(world, layout, device, written));
   log.info("self-check: logits of what was written differ by at most {:.3g} (largest logit {:.3g})",
            found.largest, found.magnitude);
-  const double rounding = options.export_type == "fp32" ? 1e-5 : options.export_type == "fp16" ? 2e-2 : 1e-1;
-  if (found.largest <= rounding * std::max(1.0, found.magnitude)) return;
-  throw UserError(
-      "{} does not compute what {} does: logits of up to {:.3g} differ by {:.3g}; the export is not made",
-      folder.string(), source.directory.string(), found.magnitude, found.largest);
+  constexpr double kRounding = 1e-5;  // of sums in another order
+  world.run_together([&] {
+    if (found.largest <= kRounding * std::max(1.0, found.magnitude)) return;
+    throw UserError(
+        "what was written does not compute what the checkpoint does: logits of up to {:.3g} differ by "
+        "{:.3g}; "
+        "the export is not made",
+        found.magnitude, found.largest);
+  });
 }
 
 }  // namespace
@@ -129,31 +156,27 @@ int export_command(const Options& options, const ProcessGroup& world, const Log&
   const Watchdog watchdog(world, options.hang_timeout, log);
   const CheckpointSource source = find_checkpoint(world, options.checkpoint);
   const bool expand = options.export_format.ends_with("-expanded");
+  const bool t5x = options.export_format.starts_with("t5x");
+  const StoredType type = exported_type(options.export_type);
   Layout layout;
-  std::filesystem::path folder = options.output;
-  folder += ".partial";
-  world.run_together([&] {
-    layout = complete_layout(options.layout, world.size());
-    validate_tensor_parallel(source.config, layout.tensor_parallel);
-    if (std::filesystem::exists(options.output)) {
-      throw UserError("{} is there already; give another --output", options.output.string());
-    }
-  });
+  world.run_together([&] { layout = export_layout(options, source.config, world.size()); });
   verify_checkpoint(world, source);
-  world.run_on(0, [&] {
-    remove_tree(folder);
-    regroup::create_directories(folder);
-  });
-  if (options.export_format.starts_with("t5x")) {
-    write_t5x(world, source, expand, source.step.value_or(options.parent_steps), folder);
+  UnfinishedFolder folder(world, options.output);
+  const RankDevice device = open_device(options, world, log);
+  std::vector<float> logits;  // first: a model that cannot be run is found before anything is written
+  if (options.self_check) logits = check_logits(world, layout, device, source, type);
+  if (t5x) {
+    if (!source.step)
+      log.info("the model does not say how long it was trained: parent-steps = {} is assumed",
+               options.parent_steps);
+    write_t5x(world, source, expand, source.step.value_or(options.parent_steps), folder.path());
   } else {
-    write_hugging_face(world, source, expand, exported_type(options.export_type), folder);
+    write_hugging_face(world, source, expand, type, folder.path());
   }
-  if (options.self_check) check_export(options, world, log, layout, source, folder);
-  world.run_on(0, [&] {
-    sync_to_disk(folder);
-    rename_durably(folder, options.output);
-  });
+  if (options.self_check) {
+    compare_with(logits, world, log, layout, device, find_checkpoint(world, folder.path()));
+  }
+  folder.finish();
   log.info("{} is written as {}, {}", options.output.string(), options.export_format, options.export_type);
   return 0;
 }

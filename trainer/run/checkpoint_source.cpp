@@ -19,11 +19,11 @@ namespace {
 std::filesystem::path companions_of(const std::filesystem::path& index) {
   const std::filesystem::path own = index.parent_path();
   const bool of_run = own.filename().string().starts_with("checkpoint_");
-  for (const char* name : {"config.json", "tokenizer.model"}) {
-    if (std::filesystem::exists(own / name)) return own;
-    if (of_run && std::filesystem::exists(own.parent_path() / name)) return own.parent_path();
-  }
-  return own;
+  const auto has_some = [](const std::filesystem::path& folder) {
+    return std::filesystem::exists(folder / "config.json") || tokenizer_of(folder) ||
+           !files_to_take_along(folder).empty();
+  };
+  return of_run && !has_some(own) && has_some(own.parent_path()) ? own.parent_path() : own;
 }
 
 // The same file on every rank, whatever is written beside it meanwhile.
@@ -146,9 +146,13 @@ std::optional<std::filesystem::path> tokenizer_of(const std::filesystem::path& d
 }
 
 std::map<std::string, std::string> files_to_take_along(const std::filesystem::path& directory) {
-  constexpr const char* kName = "generation_config.json";
-  if (!std::filesystem::is_regular_file(directory / kName)) return {};
-  return {{kName, read_text(directory / kName, 1 << 20)}};
+  constexpr std::uint64_t kLimit = std::uint64_t{64} << 20;
+  std::map<std::string, std::string> texts;
+  for (const char* name : {"generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                           "special_tokens_map.json", "added_tokens.json"}) {
+    if (std::filesystem::is_regular_file(directory / name)) texts[name] = read_text(directory / name, kLimit);
+  }
+  return texts;
 }
 
 void require_same_vocabulary(const CheckpointSource& source, const Corpus& corpus) {

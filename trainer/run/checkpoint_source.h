@@ -43,8 +43,8 @@ void load_weights(const ProcessGroup& world, const CheckpointSource& source, Bac
 // The SentencePiece model that a checkpoint has with it: tokenizer.model, or transformers' spiece.model.
 std::optional<std::filesystem::path> tokenizer_of(const std::filesystem::path& directory);
 
-// Small files that a model takes along, from its parent to what is made of it, {name: text}: how it
-// generates (generation_config.json), where it says so.
+// Small files that a model takes along, from its parent to what is made of it, {name: text}, where it has
+// them: how it generates (generation_config.json), and what else transformers keeps of its tokenizer.
 std::map<std::string, std::string> files_to_take_along(const std::filesystem::path& directory);
 
 // UserError unless the corpus was tokenized with the model's vocabulary: of its size and, where the

@@ -32,9 +32,28 @@ Batch drawn_batch(index_t vocab_size) {
   return batch;
 }
 
-// This rank's columns of the logits.
-std::vector<float> logits_of(const ProcessGroup& world, const Layout& layout, const RankDevice& device,
-                             const CheckpointSource& source) {
+// Masters become what a file of `type` holds of them, a few MiB at a time.
+void round_masters(Backend& backend, ParameterStore& store, StoredType type) {
+  constexpr index_t kPiece = index_t{1} << 20;
+  const Tensor masters = store.all_masters();
+  std::vector<float> values;
+  std::vector<std::byte> stored;
+  for (index_t begin = 0; begin < masters[0]; begin += kPiece) {
+    const Tensor part = masters.slice(0, begin, std::min(masters[0], begin + kPiece));
+    values.resize(static_cast<std::size_t>(part.numel()));
+    stored.resize(static_cast<std::size_t>(part.numel() * size_of(type)));
+    backend.copy_to_host(part, values.data());
+    store_elements(values.data(), part.numel(), type, stored.data());
+    convert_elements(type, stored.data(), part.numel(), values.data());
+    backend.copy_from_host(values.data(), part);
+  }
+  store.refresh_weights();
+}
+
+}  // namespace
+
+std::vector<float> check_logits(const ProcessGroup& world, const Layout& layout, const RankDevice& device,
+                                const CheckpointSource& source, std::optional<StoredType> rounded) {
   const Mesh mesh(world, layout, source.config.all_kv_groups(), device.communicators);
   ModelRunner runner(*device.backend, mesh, source.config,
                      {.compute = DType::kFloat32,
@@ -42,6 +61,7 @@ std::vector<float> logits_of(const ProcessGroup& world, const Layout& layout, co
                       .inputs_length = kInputs,
                       .targets_length = kTargets});
   load_weights(world, source, *device.backend, runner.parameters());
+  if (rounded) round_masters(*device.backend, runner.parameters(), *rounded);
   const index_t columns = source.config.vocab_size / mesh.tp_size();
   const Buffer memory = device.backend->allocate(kSequences * kTargets * columns * size_of(DType::kFloat32));
   const Tensor logits = memory.tensor(DType::kFloat32, {kSequences * kTargets, columns});
@@ -51,20 +71,14 @@ std::vector<float> logits_of(const ProcessGroup& world, const Layout& layout, co
   return values;
 }
 
-}  // namespace
-
-LogitDifference compare_logits(const ProcessGroup& world, const Layout& layout, const RankDevice& device,
-                               const CheckpointSource& a, const CheckpointSource& b) {
-  check(a.config.vocab_size == b.config.vocab_size, "logits over vocabularies of {} and {} are compared",
-        a.config.vocab_size, b.config.vocab_size);
-  const std::vector<float> of_a = logits_of(world, layout, device, a);
-  const std::vector<float> of_b = logits_of(world, layout, device, b);
+LogitDifference compare_logits(const ProcessGroup& world, const std::vector<float>& a,
+                               const std::vector<float>& b) {
+  check(a.size() == b.size(), "{} logits are compared with {}", a.size(), b.size());
   std::array<double, 2> most = {0, 0};
-  for (std::size_t i = 0; i < of_a.size(); ++i) {
-    const double difference = std::abs(static_cast<double>(of_a[i]) - static_cast<double>(of_b[i]));
-    // What is no number differs by more than anything.
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i]));
     most[0] = std::max(most[0], std::isnan(difference) ? INFINITY : difference);
-    most[1] = std::max(most[1], std::abs(static_cast<double>(of_a[i])));
+    most[1] = std::max(most[1], std::abs(static_cast<double>(a[i])));
   }
   world.all_reduce(most, ReduceOp::kMax);
   return {.largest = most[0], .magnitude = most[1]};

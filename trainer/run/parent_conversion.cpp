@@ -21,7 +21,7 @@ std::vector<std::filesystem::path> model_files(const std::filesystem::path& dire
   using std::filesystem::directory_iterator, std::filesystem::recursive_directory_iterator;
   if (!std::filesystem::is_directory(directory)) return {directory};
   if (std::filesystem::exists(directory / "trainer.json")) return {directory / "trainer.json"};
-  const bool t5x = t5x_index(directory).has_value();
+  if (!t5x_index(directory)) return CheckpointReader(directory).files();
   std::vector<std::filesystem::path> files;
   const auto add = [&](const std::filesystem::path& file) {
     constexpr std::size_t kMost = std::size_t{1} << 20;
@@ -30,9 +30,8 @@ std::vector<std::filesystem::path> model_files(const std::filesystem::path& dire
   };
   for (const auto& entry : directory_iterator(directory)) {
     const std::string name = entry.path().filename().string();
-    if (t5x ? name == "checkpoint" : (name.ends_with(".safetensors") || name.ends_with(".bin")))
-      add(entry.path());
-    if (!t5x || !entry.is_directory() || !name.starts_with("target.")) continue;
+    if (name == "checkpoint") add(entry.path());
+    if (!entry.is_directory() || !name.starts_with("target.")) continue;
     for (const auto& part : recursive_directory_iterator(entry.path())) {
       if (part.is_regular_file()) add(part.path());
     }

@@ -2,6 +2,8 @@
 
 #include <set>
 
+#include <fmt/ranges.h>
+
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/run/host_tensors.h"
@@ -17,6 +19,24 @@ index_t beginning_of(const CheckpointSource& parent, const std::string& paramete
   if (!parent.state) return 0;
   const auto own = parent.state->moment_offsets.find(parameter);
   return own == parent.state->moment_offsets.end() ? parent.state->first_step : own->second;
+}
+
+// UserError that lists what is missing or misshaped, before anything is read.
+void require_slots(const CheckpointReader& reader, const std::vector<ShardedTensor>& slots) {
+  std::vector<std::string> faults;
+  for (const ShardedTensor& slot : slots) {
+    const StoredTensor* const stored = reader.find(slot.name);
+    if (stored == nullptr) {
+      faults.push_back(fmt::format("{} is missing", slot.name));
+    } else if (stored->shape != slot.shape) {
+      faults.push_back(
+          fmt::format("{}: {} instead of {}", slot.name, shape_text(stored->shape), shape_text(slot.shape)));
+    }
+  }
+  if (faults.empty()) return;
+  throw UserError(
+      "{}: its moments are not those of this optimizer (--parent-moments off leaves them out): {}",
+      reader.path().string(), fmt::join(faults, "; "));
 }
 
 }  // namespace
@@ -46,9 +66,14 @@ void load_moments(const ProcessGroup& world, Backend& backend, const CheckpointS
   if (slots.empty()) return;
   world.run_together([&] {
     const CheckpointReader reader(parent.directory, "optimizer");
+    require_slots(reader, slots);
     fill_from_host(backend, slots, [&](const ShardedTensor& slot) {
       world.heartbeat().beat("reading the parent's moments");
       reader.read(slot);
+      if (slot.local.dtype == DType::kFloat32 && !all_finite(slot.local.as<float>(), slot.local.numel())) {
+        throw UserError("{}: '{}' holds values that are not finite; --parent-moments off leaves them out",
+                        parent.directory.string(), slot.name);
+      }
     });
   });
 }
