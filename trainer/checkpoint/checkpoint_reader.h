@@ -31,6 +31,7 @@ class CheckpointReader {
   // By name.
   std::vector<const StoredTensor*> tensors() const;
   const StoredTensor* find(const std::string& name) const;  // null where there is none
+  const std::filesystem::path& file_of(const std::string& name) const;  // where it lies
   const Metadata& metadata() const { return metadata_; }    // of the (first) file
 
   // One UserError that lists everything that is wrong: tensors that are missing, have another shape, or are

@@ -73,7 +73,6 @@ class CheckpointWriter {
  private:
   enum class Phase { kIdle, kWriting, kCommitting };
 
-  std::byte* staging() const;
   void begin(index_t step, const std::map<std::string, std::string>& texts);
   void write(std::size_t round);
   void sync();
@@ -87,7 +86,7 @@ class CheckpointWriter {
   FilePlan files_;
   std::vector<Block> blocks_;  // of all ranks
   std::unique_ptr<BlockGather> gather_;
-  Buffer staging_;
+  BlockMemory staging_;
 
   Phase phase_ = Phase::kIdle;
   index_t step_ = 0;

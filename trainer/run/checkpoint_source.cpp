@@ -3,7 +3,7 @@
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/step_directory.h"
-#include "trainer/run/host_tensors.h"
+#include "trainer/checkpoint/host_tensors.h"
 #include "trainer/run/model_options.h"
 
 namespace regroup {

@@ -4,7 +4,7 @@
 
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/regroup.h"
-#include "trainer/run/host_tensors.h"
+#include "trainer/checkpoint/host_tensors.h"
 
 namespace regroup {
 namespace {

@@ -9,7 +9,7 @@
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
 #include "trainer/run/evaluation.h"
-#include "trainer/run/host_tensors.h"
+#include "trainer/checkpoint/host_tensors.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/parent_conversion.h"
 #include "trainer/run/parent_moments.h"
