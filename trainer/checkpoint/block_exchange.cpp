@@ -9,15 +9,17 @@
 
 namespace regroup {
 
-BlockMemory::BlockMemory(Backend& backend, std::uint64_t bytes)
-    : buffer_(backend.allocate_host(static_cast<index_t>(bytes + kDirectAlignment))) {
-  std::memset(buffer_.data(), 0, static_cast<std::size_t>(buffer_.bytes()));
-}
-
-std::byte* BlockMemory::data() const {
-  void* memory = buffer_.data();
-  auto room = static_cast<std::size_t>(buffer_.bytes());
-  return static_cast<std::byte*>(std::align(kDirectAlignment, 0, memory, room));
+BlockMemory::BlockMemory(Backend& backend, std::uint64_t bytes, std::span<std::byte> lent) {
+  void* memory = lent.data();
+  std::size_t room = lent.size();
+  if (lent.empty() || std::align(kDirectAlignment, bytes, memory, room) == nullptr) {
+    own_ = backend.allocate_host(static_cast<index_t>(bytes + kDirectAlignment));
+    memory = own_.data();
+    room = static_cast<std::size_t>(own_.bytes());
+    std::memset(memory, 0, room);
+    std::align(kDirectAlignment, bytes, memory, room);
+  }
+  data_ = static_cast<std::byte*>(memory);
 }
 
 template <class Work>
@@ -108,15 +110,13 @@ void BlockExchange::reserve_memory() {
       most_received = std::max(most_received, received);
     }
   }
-  for (const Block& block : parts_.blocks) largest_block = std::max(largest_block, block.bytes);
-  const auto reserve = [this](std::uint64_t bytes) {
-    Buffer memory = parts_.backend.allocate_host(static_cast<index_t>(bytes));
-    if (bytes > 0) std::memset(memory.data(), 0, bytes);  // all of it is there from now on
-    return memory;
-  };
-  outgoing_ = reserve(most_sent);
-  incoming_ = reserve(most_received);
-  if (!host_accessible()) bounce_ = reserve(largest_block);
+  if (!host_accessible()) {
+    for (const Block& block : parts_.blocks) largest_block = std::max(largest_block, block.bytes);
+  }
+  memory_ = BlockMemory(parts_.backend, largest_block + most_sent + most_received, parts_.memory);
+  bounce_ = memory_.data();
+  outgoing_ = bounce_ + largest_block;
+  incoming_ = outgoing_ + most_sent;
 }
 
 std::vector<Block> BlockExchange::mine(std::size_t round) const {
@@ -132,13 +132,11 @@ std::vector<Block> BlockExchange::mine(std::size_t round) const {
 // Both sides go through blocks and tensors in the same order, so that nothing else needs to be told.
 void BlockExchange::exchange(const Window& window, const Copy& pack, const Copy& place) {
   if (!window.travels) return;
-  auto* const out = static_cast<std::byte*>(outgoing_.data());
-  auto* const in = static_cast<std::byte*>(incoming_.data());
   std::uint64_t filled = 0;
   for (std::size_t rank = 0; rank < group_size(); ++rank) {
     const std::uint64_t first = filled;
     for_each_sent(window, rank, [&](const Part& part, std::uint64_t bytes) {
-      pack(part, out + filled);
+      pack(part, outgoing_ + filled);
       filled += bytes;
     });
     send_bytes_[rank] = filled - first;
@@ -146,11 +144,11 @@ void BlockExchange::exchange(const Window& window, const Copy& pack, const Copy&
     for_each_received(window, rank,
                       [&](const Part&, std::uint64_t bytes) { receive_bytes_[rank] += bytes; });
   }
-  parts_.tp.all_to_all(out, send_bytes_, in, receive_bytes_);
+  parts_.tp.all_to_all(outgoing_, send_bytes_, incoming_, receive_bytes_);
   std::uint64_t taken = 0;
   for (std::size_t rank = 0; rank < group_size(); ++rank) {
     for_each_received(window, rank, [&](const Part& part, std::uint64_t bytes) {
-      place(part, in + taken);
+      place(part, incoming_ + taken);
       taken += bytes;
     });
   }
@@ -178,7 +176,7 @@ void BlockExchange::copy_from_host(std::size_t t, std::uint64_t begin, std::uint
 }
 
 std::byte* BlockExchange::touchable(std::size_t t, std::uint64_t begin) const {
-  if (!host_accessible()) return static_cast<std::byte*>(bounce_.data());
+  if (!host_accessible()) return bounce_;
   return static_cast<std::byte*>(parts_.tensors[t].local.data) + runs(t, me()).before(begin);
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -17,12 +18,14 @@ namespace regroup {
 class BlockMemory {
  public:
   BlockMemory() = default;
-  BlockMemory(Backend& backend, std::uint64_t bytes);
-  std::byte* data() const;  // a multiple of kDirectAlignment
-  index_t bytes() const { return buffer_.bytes(); }
+  // Of `lent`, which somebody else owns, where that is large enough.
+  BlockMemory(Backend& backend, std::uint64_t bytes, std::span<std::byte> lent = {});
+  std::byte* data() const { return data_; }  // a multiple of kDirectAlignment
+  index_t own_bytes() const { return own_.bytes(); }
 
  private:
-  Buffer buffer_;
+  Buffer own_;
+  std::byte* data_ = nullptr;
 };
 
 // The blocks of one tensor-parallel group, whose ranks hold all their bytes in slices of tensors. A block
@@ -40,11 +43,12 @@ class BlockExchange {
     std::vector<ShardedTensor> tensors;
     std::vector<HeldTensor> held;
     std::vector<Block> blocks;
+    std::span<std::byte> memory = {};  // of the host, that may be used while this object lives
   };
 
   std::size_t rounds() const { return windows_.size(); }
   // Memory that it keeps for what travels.
-  index_t bytes() const { return outgoing_.bytes() + incoming_.bytes() + bounce_.bytes(); }
+  index_t bytes() const { return memory_.own_bytes(); }
   int ranks() const { return parts_.tp.size(); }
   // This rank's blocks of a round, in order; block i of them lies i x block size from the start of the
   // staging memory.
@@ -120,9 +124,11 @@ class BlockExchange {
   Direction direction_;
   std::size_t slots_;
   std::vector<std::vector<Window>> windows_;               // by round
-  Buffer outgoing_, incoming_;                             // of the largest window
+  BlockMemory memory_;
+  std::byte* outgoing_ = nullptr;  // of the largest window
+  std::byte* incoming_ = nullptr;
+  std::byte* bounce_ = nullptr;                            // of a device's slice on its way
   std::vector<std::uint64_t> send_bytes_, receive_bytes_;  // by rank, of one window
-  Buffer bounce_;                                          // of a device's slice on its way
 };
 
 }  // namespace regroup

@@ -17,7 +17,7 @@ BlockReader::BlockReader(const std::filesystem::path& directory, const FilePlan&
     for (std::size_t i = 0; i < rounds_[round].size(); ++i) tasks_.push_back({.round = round, .index = i});
   }
   checksums_.resize(tasks_.size());
-  memory_ = BlockMemory(backend, kRoundsInMemory * options.slots * options.block_bytes);
+  memory_ = BlockMemory(backend, memory_of(options.block_bytes, options.slots), options.memory);
   for (int i = 0; i < kThreads; ++i) {
     threads_.emplace_back([this](const std::stop_token& stop) { work(stop); });
   }

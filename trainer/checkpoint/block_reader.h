@@ -19,10 +19,13 @@ namespace regroup {
 // use. An error of reading is kept for rethrow(): the rounds go on, as those of other ranks do.
 class BlockReader {
  public:
+  static constexpr std::size_t kRoundsInMemory = 2;
+
   struct Options {
     std::uint64_t block_bytes = 0;
     std::size_t slots = 1;  // blocks of a round, at most
     Caching caching = Caching::kThrough;
+    std::span<std::byte> memory = {};  // that may be used while the reader lives
   };
   // `rounds`: by round, this rank's blocks of it; their slots count on from round to round. Begins to read.
   // Errors as InputFile.
@@ -30,6 +33,11 @@ class BlockReader {
               std::vector<std::vector<Block>> rounds, Backend& backend, const Options& options);
   BlockReader(const BlockReader&) = delete;
   BlockReader& operator=(const BlockReader&) = delete;
+
+  // Bytes of memory that it needs.
+  static std::uint64_t memory_of(std::uint64_t block_bytes, std::size_t slots) {
+    return kRoundsInMemory * slots * block_bytes;
+  }
 
   // Waits for a round, which is the one after the last; `progress` is called as its blocks come. They lie
   // block_bytes apart until the next call.
@@ -40,7 +48,6 @@ class BlockReader {
   const std::vector<std::uint64_t>& checksums() const { return checksums_; }
 
  private:
-  static constexpr std::size_t kRoundsInMemory = 2;
   struct Task {
     std::size_t round = 0, index = 0;  // rounds_[round][index]
   };

@@ -5,7 +5,7 @@
 namespace regroup {
 namespace {
 
-constexpr std::uint64_t kWindowBytes = std::uint64_t{16} << 20;
+constexpr std::uint64_t kWindowBytes = std::uint64_t{32} << 20;
 
 }  // namespace
 

@@ -102,19 +102,21 @@ std::optional<std::string> verify_and_read(const ProcessGroup& world, Backend& b
 std::optional<std::string> read_once(const ProcessGroup& world, const Layout& layout, Backend& backend,
                                      const std::filesystem::path& directory,
                                      const std::vector<TensorSet>& sets, const StoredStep& step,
-                                     const nlohmann::json& state) {
+                                     const nlohmann::json& state, std::span<std::byte> memory) {
   const int tp_size = layout.tensor_parallel;
   const ProcessGroup tp = world.split(world.rank() / tp_size, world.rank() % tp_size);
   std::vector<ShardedTensor> tensors = all_tensors(sets);
   std::vector<HeldTensor> held = gather_slices(tp, tensors);
   const std::vector<Block> blocks = plan_blocks(
       step.files, held, {.data_parallel = 1, .tensor_parallel = tp_size}, step.block_bytes);
+  const auto of_reader = std::min<std::uint64_t>(memory.size(), BlockReader::memory_of(step.block_bytes, kSlots));
   BlockScatter scatter({.tp = tp,
                         .backend = backend,
                         .files = step.files,
                         .tensors = std::move(tensors),
                         .held = std::move(held),
-                        .blocks = blocks},
+                        .blocks = blocks,
+                        .memory = memory.subspan(of_reader)},
                        kSlots);
   std::vector<std::vector<Block>> rounds;
   for (std::size_t round = 0; round < scatter.rounds(); ++round) rounds.push_back(scatter.mine(round));
@@ -124,7 +126,7 @@ std::optional<std::string> read_once(const ProcessGroup& world, const Layout& la
   world.run_together([&] {
     reader.emplace(
         directory, step.files, std::move(rounds), backend,
-        BlockReader::Options{.block_bytes = step.block_bytes, .slots = kSlots, .caching = caching});
+        BlockReader::Options{.block_bytes = step.block_bytes, .slots = kSlots, .caching = caching, .memory = memory.first(of_reader)});
   });
   // Every rank takes part in every round, also where it cannot read: nobody waits for it.
   for (std::size_t round = 0; round < scatter.rounds(); ++round) {
@@ -142,7 +144,7 @@ std::optional<std::string> read_once(const ProcessGroup& world, const Layout& la
 
 std::optional<std::string> load_step(const ProcessGroup& world, const Layout& layout, Backend& backend,
                                      const std::filesystem::path& directory,
-                                     const std::vector<TensorSet>& sets) {
+                                     const std::vector<TensorSet>& sets, std::span<std::byte> memory) {
   const nlohmann::json state = step_state(world, directory);
   StoredStep step;
   try {
@@ -155,7 +157,7 @@ std::optional<std::string> load_step(const ProcessGroup& world, const Layout& la
   if (!same_on_all(world, fingerprint(step)) || !step.usual) {
     return verify_and_read(world, backend, directory, sets);
   }
-  return read_once(world, layout, backend, directory, sets, step, state);
+  return read_once(world, layout, backend, directory, sets, step, state, memory);
 }
 
 }  // namespace regroup

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,14 +19,16 @@ namespace regroup {
 // anything. Rank r of `world` has the coordinates that Mesh gives it.
 //
 // Within a tensor-parallel group each block of a file is read by one rank, which takes its checksum, and sent
-// to those that hold some of it (block_scatter.h); every group reads for itself. A rank takes some 64 MiB of
-// host memory. Where a file is not as a save of such tensors writes it (other element types), it is verified
+// to those that hold some of it (block_scatter.h); every group reads for itself. A rank needs some 64 MiB
+// of host memory: of `memory`, which is anybody's (CheckpointWriter::idle_memory()), or its own where that is
+// too small. Where a file is not as a save of such tensors writes it (other element types), it is verified
 // first and then read.
 //
 // Collective over the world, the same on every rank. UserError, on every rank, where the files are intact and
 // do not hold these tensors (CheckpointReader::require()).
 std::optional<std::string> load_step(const ProcessGroup& world, const Layout& layout, Backend& backend,
                                      const std::filesystem::path& directory,
-                                     const std::vector<TensorSet>& sets);
+                                     const std::vector<TensorSet>& sets,
+                                     std::span<std::byte> memory = {});
 
 }  // namespace regroup

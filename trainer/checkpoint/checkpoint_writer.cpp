@@ -42,6 +42,12 @@ CheckpointWriter::CheckpointWriter(const ProcessGroup& world, const Layout& layo
   open_.resize(files_.files.size());
 }
 
+std::span<std::byte> CheckpointWriter::idle_memory() const {
+  check(!pending(), "a save's memory is asked for while it is under way");
+  const auto used = static_cast<std::uint64_t>(staging_.own_bytes()) - kDirectAlignment;
+  return {staging_.data(), static_cast<std::size_t>(used)};
+}
+
 CheckpointWriter::~CheckpointWriter() { cancelled_ = true; }
 
 void CheckpointWriter::save(index_t step, nlohmann::json state,

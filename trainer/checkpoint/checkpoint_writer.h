@@ -65,7 +65,9 @@ class CheckpointWriter {
 
   std::uint64_t checkpoint_bytes() const { return files_.bytes(); }  // of all ranks
   // Host memory that this rank keeps for saving.
-  index_t staging_bytes() const { return staging_.bytes() + gather_->bytes(); }
+  index_t staging_bytes() const { return staging_.own_bytes() + gather_->bytes(); }
+  // The largest part of it, for others to use until the next save(). Nothing may be pending.
+  std::span<std::byte> idle_memory() const;
   // Rank 0: what went wrong without harm to what was saved last (an old step cannot be removed); "" if
   // nothing.
   const std::string& complaint() const { return complaint_; }
