@@ -105,10 +105,11 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> bytes) const {
   while (done < bytes.size()) {
     const auto address = reinterpret_cast<std::uintptr_t>(bytes.data()) + done;
     const std::size_t left = bytes.size() - done;
-    const bool direct = past_cache && (address | (offset + done)) % kDirectAlignment == 0 && left >= kDirectAlignment;
-    const ssize_t got =
-        ::pread(direct ? direct_ : descriptor_, bytes.data() + done,
-                direct ? left / kDirectAlignment * kDirectAlignment : left, static_cast<off_t>(offset + done));
+    const bool direct =
+        past_cache && (address | (offset + done)) % kDirectAlignment == 0 && left >= kDirectAlignment;
+    const ssize_t got = ::pread(direct ? direct_ : descriptor_, bytes.data() + done,
+                                direct ? left / kDirectAlignment * kDirectAlignment : left,
+                                static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && direct && errno == EINVAL) {  // the file system asks for more than is known here
       past_cache = false;

@@ -18,8 +18,8 @@ namespace regroup {
 
 inline constexpr std::size_t kDirectAlignment = 4096;  // bytes
 
-// Whether reading goes through the system's cache, or past it where the file system can and offset and address
-// are multiples of kDirectAlignment (but for less than so many bytes at the end).
+// Whether reading goes through the system's cache, or past it where the file system can and offset and
+// address are multiples of kDirectAlignment (but for less than so many bytes at the end).
 enum class Caching { kThrough, kPast };
 
 // A file opened for reading. Move-only; closed on destruction. UserError where it is shorter than asked.

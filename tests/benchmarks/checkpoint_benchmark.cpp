@@ -92,8 +92,9 @@ void run(const Asked& asked) {
   world.run_on(0, [&] { forget(store.path_of(1)); });
   for (const ShardedTensor& tensor : set.tensors) backend->fill_zero(tensor.local);
   std::optional<std::string> damage;
-  const double loaded =
-      seconds_of(world, [&] { damage = load_step(world, layout, *backend, store.path_of(1), {set}, writer.idle_memory()); });
+  const double loaded = seconds_of(world, [&] {
+    damage = load_step(world, layout, *backend, store.path_of(1), {set}, writer.idle_memory());
+  });
   check(!damage, "{}", damage.value_or(""));
   for (const ShardedTensor& tensor : set.tensors) {
     const float* const values = tensor.local.as<float>();

@@ -25,16 +25,15 @@ BlockMemory::BlockMemory(Backend& backend, std::uint64_t bytes, std::span<std::b
 template <class Work>
 void BlockExchange::for_each_travelling(std::size_t i, std::size_t peer, Work&& work) const {
   const Block& block = parts_.blocks[i];
-  for_each_part(parts_.files, block,
-                [&](std::size_t t, std::uint64_t begin, std::uint64_t end, std::uint64_t at) {
-                  const HeldTensor& tensor = parts_.held[t];
-                  // Everybody needs its own copy of what it holds, the owner but one of equal ones.
-                  if (direction_ == Direction::kToOwner && !tensor.gives_to(peer, owner(i))) return;
-                  const std::uint64_t bytes = tensor.runs[peer].within(begin, end);
-                  if (bytes == 0) return;
-                  work(Part{.block = block, .tensor = t, .begin = begin, .end = end, .at = at, .peer = peer},
-                       bytes);
-                });
+  for_each_part(
+      parts_.files, block, [&](std::size_t t, std::uint64_t begin, std::uint64_t end, std::uint64_t at) {
+        const HeldTensor& tensor = parts_.held[t];
+        // Everybody needs its own copy of what it holds, the owner but one of equal ones.
+        if (direction_ == Direction::kToOwner && !tensor.gives_to(peer, owner(i))) return;
+        const std::uint64_t bytes = tensor.runs[peer].within(begin, end);
+        if (bytes == 0) return;
+        work(Part{.block = block, .tensor = t, .begin = begin, .end = end, .at = at, .peer = peer}, bytes);
+      });
 }
 
 template <class Work>
@@ -76,8 +75,7 @@ void BlockExchange::plan_windows(std::uint64_t window_bytes) {
   for (std::size_t i = 0; i < parts_.blocks.size(); ++i) {
     if (parts_.blocks[i].slot / slots_ == windows_.size()) windows_.emplace_back();
     std::vector<Window>& round = windows_.back();
-    const bool fits =
-        !round.empty() && parts_.blocks[i].bytes * (i + 1 - round.back().first) <= window_bytes;
+    const bool fits = !round.empty() && parts_.blocks[i].bytes * (i + 1 - round.back().first) <= window_bytes;
     if (!fits) round.push_back({.first = i, .last = i});
     round.back().last = i + 1;
   }
@@ -141,8 +139,7 @@ void BlockExchange::exchange(const Window& window, const Copy& pack, const Copy&
     });
     send_bytes_[rank] = filled - first;
     receive_bytes_[rank] = 0;
-    for_each_received(window, rank,
-                      [&](const Part&, std::uint64_t bytes) { receive_bytes_[rank] += bytes; });
+    for_each_received(window, rank, [&](const Part&, std::uint64_t bytes) { receive_bytes_[rank] += bytes; });
   }
   parts_.tp.all_to_all(outgoing_, send_bytes_, incoming_, receive_bytes_);
   std::uint64_t taken = 0;

@@ -90,9 +90,7 @@ class BlockExchange {
   void exchange(const Window& window, const Copy& pack, const Copy& place);
 
   const FilePlan& files() const { return parts_.files; }
-  const SliceRuns& runs(std::size_t tensor, std::size_t rank) const {
-    return parts_.held[tensor].runs[rank];
-  }
+  const SliceRuns& runs(std::size_t tensor, std::size_t rank) const { return parts_.held[tensor].runs[rank]; }
   std::size_t me() const { return static_cast<std::size_t>(parts_.tp.rank()); }
   // Between this rank's part of [begin, end) of a tensor and host memory, where it is dense.
   void copy_to_host(std::size_t tensor, std::uint64_t begin, std::uint64_t end, std::byte* host);
@@ -123,7 +121,7 @@ class BlockExchange {
   Parts parts_;  // blocks by round
   Direction direction_;
   std::size_t slots_;
-  std::vector<std::vector<Window>> windows_;               // by round
+  std::vector<std::vector<Window>> windows_;  // by round
   BlockMemory memory_;
   std::byte* outgoing_ = nullptr;  // of the largest window
   std::byte* incoming_ = nullptr;

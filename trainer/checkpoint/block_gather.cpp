@@ -19,9 +19,7 @@ void BlockGather::gather(std::size_t round, std::byte* staging, std::uint64_t st
     for_each_own(window, staging, stride, [&](const Block& block, std::byte* to) { copy_own(block, to); });
     exchange(
         window,
-        [&](const Part& part, std::byte* memory) {
-          copy_to_host(part.tensor, part.begin, part.end, memory);
-        },
+        [&](const Part& part, std::byte* memory) { copy_to_host(part.tensor, part.begin, part.end, memory); },
         [&](const Part& part, const std::byte* memory) {
           scatter(runs(part.tensor, part.peer), part.begin, part.end, memory,
                   place_of(part.block, staging, stride) + part.at);

@@ -135,7 +135,8 @@ std::vector<std::uint64_t> file_checksums(const FilePlan& files, const std::vect
   for (std::size_t f = 0; f < files.files.size(); ++f) {
     std::vector<std::uint64_t> of_file;
     for (; block != blocks.end() && block->file == f; ++block) {
-      of_file.push_back(of_rank[static_cast<std::size_t>(block->dp_rank * tp_size + block->tp_rank)][block->slot]);
+      of_file.push_back(
+          of_rank[static_cast<std::size_t>(block->dp_rank * tp_size + block->tp_rank)][block->slot]);
     }
     result.push_back(checksum(std::as_bytes(std::span(of_file))));
   }

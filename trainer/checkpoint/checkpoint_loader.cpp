@@ -107,9 +107,10 @@ std::optional<std::string> read_once(const ProcessGroup& world, const Layout& la
   const ProcessGroup tp = world.split(world.rank() / tp_size, world.rank() % tp_size);
   std::vector<ShardedTensor> tensors = all_tensors(sets);
   std::vector<HeldTensor> held = gather_slices(tp, tensors);
-  const std::vector<Block> blocks = plan_blocks(
-      step.files, held, {.data_parallel = 1, .tensor_parallel = tp_size}, step.block_bytes);
-  const auto of_reader = std::min<std::uint64_t>(memory.size(), BlockReader::memory_of(step.block_bytes, kSlots));
+  const std::vector<Block> blocks =
+      plan_blocks(step.files, held, {.data_parallel = 1, .tensor_parallel = tp_size}, step.block_bytes);
+  const auto of_reader =
+      std::min<std::uint64_t>(memory.size(), BlockReader::memory_of(step.block_bytes, kSlots));
   BlockScatter scatter({.tp = tp,
                         .backend = backend,
                         .files = step.files,
@@ -124,9 +125,11 @@ std::optional<std::string> read_once(const ProcessGroup& world, const Layout& la
   const Caching caching = layout.data_parallel == 1 ? Caching::kPast : Caching::kThrough;
   std::optional<BlockReader> reader;
   world.run_together([&] {
-    reader.emplace(
-        directory, step.files, std::move(rounds), backend,
-        BlockReader::Options{.block_bytes = step.block_bytes, .slots = kSlots, .caching = caching, .memory = memory.first(of_reader)});
+    reader.emplace(directory, step.files, std::move(rounds), backend,
+                   BlockReader::Options{.block_bytes = step.block_bytes,
+                                        .slots = kSlots,
+                                        .caching = caching,
+                                        .memory = memory.first(of_reader)});
   });
   // Every rank takes part in every round, also where it cannot read: nobody waits for it.
   for (std::size_t round = 0; round < scatter.rounds(); ++round) {

@@ -13,10 +13,10 @@
 
 namespace regroup {
 
-// Fills `sets`, this rank's slices in memory of `backend`, from a step directory whose trainer.json and files'
-// sizes are verified already (find_damage, Verification::kSmall), and compares every byte of its tensor files
-// with their checksums: what find_damage() would say of them, if it would say anything. The tensors then hold
-// anything. Rank r of `world` has the coordinates that Mesh gives it.
+// Fills `sets`, this rank's slices in memory of `backend`, from a step directory whose trainer.json and
+// files' sizes are verified already (find_damage, Verification::kSmall), and compares every byte of its
+// tensor files with their checksums: what find_damage() would say of them, if it would say anything. The
+// tensors then hold anything. Rank r of `world` has the coordinates that Mesh gives it.
 //
 // Within a tensor-parallel group each block of a file is read by one rank, which takes its checksum, and sent
 // to those that hold some of it (block_scatter.h); every group reads for itself. A rank needs some 64 MiB
@@ -28,7 +28,6 @@ namespace regroup {
 // do not hold these tensors (CheckpointReader::require()).
 std::optional<std::string> load_step(const ProcessGroup& world, const Layout& layout, Backend& backend,
                                      const std::filesystem::path& directory,
-                                     const std::vector<TensorSet>& sets,
-                                     std::span<std::byte> memory = {});
+                                     const std::vector<TensorSet>& sets, std::span<std::byte> memory = {});
 
 }  // namespace regroup

@@ -30,9 +30,9 @@ class CheckpointReader {
   const std::filesystem::path& path() const { return path_; }
   // By name.
   std::vector<const StoredTensor*> tensors() const;
-  const StoredTensor* find(const std::string& name) const;  // null where there is none
+  const StoredTensor* find(const std::string& name) const;              // null where there is none
   const std::filesystem::path& file_of(const std::string& name) const;  // where it lies
-  const Metadata& metadata() const { return metadata_; }    // of the (first) file
+  const Metadata& metadata() const { return metadata_; }                // of the (first) file
 
   // One UserError that lists everything that is wrong: tensors that are missing, have another shape, or are
   // not in the table. Aliases of shared.weight (encoder.embed_tokens.weight, decoder.embed_tokens.weight) and

@@ -167,8 +167,7 @@ std::optional<index_t> CheckpointWriter::finish() {
 
 // Of the files, from every rank's checksums of its blocks. Collective.
 std::map<std::string, FileRecord> CheckpointWriter::records() {
-  const auto checksums =
-      file_checksums(files_, blocks_, world_.all_gather(checksums_), gather_->ranks());
+  const auto checksums = file_checksums(files_, blocks_, world_.all_gather(checksums_), gather_->ranks());
   std::map<std::string, FileRecord> result;
   for (std::size_t f = 0; f < files_.files.size(); ++f) {
     const PlannedFile& file = files_.files[f];

@@ -50,8 +50,8 @@ struct SliceRuns {
 SliceRuns runs_of(const std::vector<index_t>& shape, index_t element_bytes, int dim, index_t begin,
                   index_t end);
 
-// The slice's part of [begin, end) of the array, between `part`, where it lies dense, and `range`, which holds
-// the bytes [begin, end).
+// The slice's part of [begin, end) of the array, between `part`, where it lies dense, and `range`, which
+// holds the bytes [begin, end).
 void scatter(const SliceRuns& runs, std::uint64_t begin, std::uint64_t end, const std::byte* part,
              std::byte* range);
 void gather(const SliceRuns& runs, std::uint64_t begin, std::uint64_t end, const std::byte* range,
