@@ -10,7 +10,7 @@ namespace regroup {
 
 class CpuMatmul;  // oneDNN engine, stream and cache of primitives (matmul.cpp)
 
-class CpuBackend final : public Backend {
+class CpuBackend : public Backend {
  public:
   // `threads` for every op; 0: OMP_NUM_THREADS, or all cores this process may run on.
   explicit CpuBackend(int threads = 0);
