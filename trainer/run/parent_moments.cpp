@@ -3,8 +3,8 @@
 #include <set>
 
 #include "trainer/checkpoint/checkpoint_reader.h"
-#include "trainer/conversion/regroup.h"
 #include "trainer/checkpoint/host_tensors.h"
+#include "trainer/conversion/regroup.h"
 
 namespace regroup {
 namespace {
