@@ -76,7 +76,7 @@ std::filesystem::path parent_of(const std::filesystem::path& path) {
 
 }  // namespace
 
-InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
+InputFile::InputFile(std::filesystem::path path, Caching caching) : path_(std::move(path)) {
   descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor_ < 0) fail("read", path_, errno);
   struct stat status {};
@@ -85,21 +85,36 @@ InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
     throw UserError("cannot read {}: it is not a regular file", path_.string());
   }
   size_ = static_cast<std::uint64_t>(status.st_size);
+  if (caching == Caching::kPast) direct_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);  // or not
 }
 
 InputFile::~InputFile() {
   if (descriptor_ >= 0) ::close(descriptor_);
+  if (direct_ >= 0) ::close(direct_);
 }
 
 InputFile::InputFile(InputFile&& other) noexcept
-    : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)), size_(other.size_) {}
+    : path_(std::move(other.path_)),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      direct_(std::exchange(other.direct_, -1)),
+      size_(other.size_) {}
 
 void InputFile::read(std::uint64_t offset, std::span<std::byte> bytes) const {
+  bool past_cache = direct_ >= 0;
   std::size_t done = 0;
   while (done < bytes.size()) {
-    const ssize_t got =
-        ::pread(descriptor_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
+    const auto address = reinterpret_cast<std::uintptr_t>(bytes.data()) + done;
+    const std::size_t left = bytes.size() - done;
+    const bool direct =
+        past_cache && (address | (offset + done)) % kDirectAlignment == 0 && left >= kDirectAlignment;
+    const ssize_t got = ::pread(direct ? direct_ : descriptor_, bytes.data() + done,
+                                direct ? left / kDirectAlignment * kDirectAlignment : left,
+                                static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && direct && errno == EINVAL) {  // the file system asks for more than is known here
+      past_cache = false;
+      continue;
+    }
     if (got < 0) fail("read", path_, errno);
     if (got == 0) {
       throw UserError("{} is truncated: {} bytes at offset {} were expected, it ends at byte {}",

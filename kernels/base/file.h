@@ -16,10 +16,16 @@ namespace regroup {
 // Errors of everything here name the file: UserError where a person has to put something right (missing, no
 // permission, disk full, read-only, a limit), SystemError where the same call may succeed later.
 
+inline constexpr std::size_t kDirectAlignment = 4096;  // bytes
+
+// Whether reading goes through the system's cache, or past it where the file system can and offset and
+// address are multiples of kDirectAlignment (but for less than so many bytes at the end).
+enum class Caching { kThrough, kPast };
+
 // A file opened for reading. Move-only; closed on destruction. UserError where it is shorter than asked.
 class InputFile {
  public:
-  explicit InputFile(std::filesystem::path path);
+  explicit InputFile(std::filesystem::path path, Caching caching = Caching::kThrough);
   ~InputFile();
   InputFile(InputFile&& other) noexcept;
   InputFile& operator=(InputFile&&) = delete;
@@ -36,6 +42,7 @@ class InputFile {
  private:
   std::filesystem::path path_;
   int descriptor_ = -1;
+  int direct_ = -1;  // the same file past the cache
   std::uint64_t size_ = 0;
 };
 
@@ -59,8 +66,6 @@ class OutputFile {
   std::filesystem::path aside_;
   int descriptor_ = -1;
 };
-
-inline constexpr std::size_t kDirectAlignment = 4096;  // bytes
 
 // A file that is there already and whose parts several processes write. Move-only.
 class SharedOutputFile {

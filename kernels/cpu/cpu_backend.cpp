@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <sys/mman.h>
 
 #include <omp.h>
 
@@ -39,11 +40,23 @@ CpuBackend::CpuBackend(int threads)
 CpuBackend::~CpuBackend() = default;
 
 Buffer CpuBackend::allocate(index_t bytes) {
+  constexpr std::size_t kCacheLine = 64;
+  return allocate_aligned(bytes, kCacheLine);
+}
+
+Buffer CpuBackend::allocate_host(index_t bytes) {
+  constexpr index_t kHugePage = index_t{1} << 21;
+  return bytes < kHugePage ? allocate(bytes) : allocate_aligned(bytes, kHugePage);
+}
+
+// Whole units of `alignment`; large ones in huge pages.
+Buffer CpuBackend::allocate_aligned(index_t bytes, std::size_t alignment) const {
   check(bytes >= 0, "a buffer of {} bytes was asked for", bytes);
-  constexpr std::size_t kAlignment = 64;
-  const std::size_t size = (static_cast<std::size_t>(bytes) + kAlignment) / kAlignment * kAlignment;
-  void* memory = std::aligned_alloc(kAlignment, size);
+  const std::size_t size = (static_cast<std::size_t>(bytes) + alignment) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, size);
   if (memory == nullptr) throw SystemError("the host has no {} bytes of memory left", bytes);
+  constexpr std::size_t kPage = 4096;
+  if (alignment > kPage) ::madvise(memory, size, MADV_HUGEPAGE);  // or not
   // Each thread touches its part first, so that pages lie near the core that will use them.
   parallel_for(threads_, static_cast<index_t>(size), index_t{1} << 22, [&](index_t begin, index_t end) {
     std::memset(static_cast<std::byte*>(memory) + begin, 0, static_cast<std::size_t>(end - begin));

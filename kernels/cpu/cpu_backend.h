@@ -10,7 +10,7 @@ namespace regroup {
 
 class CpuMatmul;  // oneDNN engine, stream and cache of primitives (matmul.cpp)
 
-class CpuBackend final : public Backend {
+class CpuBackend : public Backend {
  public:
   // `threads` for every op; 0: OMP_NUM_THREADS, or all cores this process may run on.
   explicit CpuBackend(int threads = 0);
@@ -19,6 +19,8 @@ class CpuBackend final : public Backend {
   CpuBackend& operator=(const CpuBackend&) = delete;
 
   Buffer allocate(index_t bytes) override;
+  // In huge pages, where the system has them: what disks and networks move in fewer pieces.
+  Buffer allocate_host(index_t bytes) override;
   void copy_from_host(const void* host, Tensor tensor) override;
   void copy_to_host(Tensor tensor, void* host) override;
   void synchronize() override {}
@@ -27,6 +29,7 @@ class CpuBackend final : public Backend {
   int threads() const { return threads_; }
 
  private:
+  Buffer allocate_aligned(index_t bytes, std::size_t alignment) const;
   void do_fill_zero(Tensor x) override;
   void do_copy(Tensor x, Tensor y) override;
   void do_cast(Tensor x, Tensor y) override;

@@ -127,6 +127,22 @@ std::vector<Block> plan_blocks(const FilePlan& files, const std::vector<HeldTens
   return blocks;
 }
 
+std::vector<std::uint64_t> file_checksums(const FilePlan& files, const std::vector<Block>& blocks,
+                                          const std::vector<std::vector<std::uint64_t>>& of_rank,
+                                          int tp_size) {
+  std::vector<std::uint64_t> result;
+  auto block = blocks.begin();
+  for (std::size_t f = 0; f < files.files.size(); ++f) {
+    std::vector<std::uint64_t> of_file;
+    for (; block != blocks.end() && block->file == f; ++block) {
+      of_file.push_back(
+          of_rank[static_cast<std::size_t>(block->dp_rank * tp_size + block->tp_rank)][block->slot]);
+    }
+    result.push_back(checksum(std::as_bytes(std::span(of_file))));
+  }
+  return result;
+}
+
 void check_exact_cover(std::span<const ShardedTensor> table, std::vector<Contribution> contributions) {
   std::sort(contributions.begin(), contributions.end(), [](const Contribution& a, const Contribution& b) {
     return std::tie(a.tensor, a.begin, a.end, a.rank) < std::tie(b.tensor, b.begin, b.end, b.rank);

@@ -1,4 +1,4 @@
-// Who writes which bytes of a checkpoint's files.
+// Who writes, or reads, which bytes of a checkpoint's files.
 //
 // A file is a row of blocks of one size (the last may be short). A block is written, and its checksum taken,
 // by one rank, which first receives what it lacks of it from the ranks of its tensor-parallel group. The
@@ -45,6 +45,12 @@ std::vector<HeldTensor> gather_slices(const ProcessGroup& tp, const std::vector<
 // Every block of every file, in order. Every slot of a writer lies in the order of the files.
 std::vector<Block> plan_blocks(const FilePlan& files, const std::vector<HeldTensor>& held,
                                const Layout& layout, std::uint64_t block_bytes);
+
+// Every file's tree checksum (step_directory.h), from those of its blocks: `of_rank[r][slot]` for the rank of
+// coordinates r = dp x tp_size + tp.
+std::vector<std::uint64_t> file_checksums(const FilePlan& files, const std::vector<Block>& blocks,
+                                          const std::vector<std::vector<std::uint64_t>>& of_rank,
+                                          int tp_size);
 
 // Calls work(tensor, begin, end, at) for each part of a tensor in the block: its bytes [begin, end), which
 // lie `at` bytes from the block's start.

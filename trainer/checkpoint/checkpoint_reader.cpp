@@ -199,6 +199,10 @@ const StoredTensor* CheckpointReader::find(const std::string& name) const {
   return at == locations_.end() ? nullptr : &stored(at->second);
 }
 
+const std::filesystem::path& CheckpointReader::file_of(const std::string& name) const {
+  return files_[locate(name).file]->path();
+}
+
 const CheckpointReader::Location& CheckpointReader::locate(const std::string& name) const {
   const auto at = locations_.find(name);
   if (at == locations_.end()) throw UserError("{}: there is no tensor '{}'", path_.string(), name);

@@ -35,8 +35,9 @@ class CheckpointReader {
   std::vector<std::filesystem::path> files() const;
   // By name.
   std::vector<const StoredTensor*> tensors() const;
-  const StoredTensor* find(const std::string& name) const;  // null where there is none
-  const Metadata& metadata() const { return metadata_; }    // of the (first) file
+  const StoredTensor* find(const std::string& name) const;              // null where there is none
+  const std::filesystem::path& file_of(const std::string& name) const;  // where it lies
+  const Metadata& metadata() const { return metadata_; }                // of the (first) file
 
   // One UserError that lists everything that is wrong: tensors that are missing, have another shape, or are
   // not in the table. Aliases of shared.weight (encoder.embed_tokens.weight, decoder.embed_tokens.weight,

@@ -1,21 +1,11 @@
 #include "trainer/checkpoint/checkpoint_writer.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "kernels/base/error.h"
 
 namespace regroup {
-namespace {
-
-std::vector<ShardedTensor> all_of(const std::vector<TensorSet>& sets) {
-  std::vector<ShardedTensor> all;
-  for (const TensorSet& set : sets) all.insert(all.end(), set.tensors.begin(), set.tensors.end());
-  return all;
-}
-
-}  // namespace
 
 CheckpointWriter::CheckpointWriter(const ProcessGroup& world, const Layout& layout, Backend& backend,
                                    CheckpointStore store, const std::vector<TensorSet>& sets,
@@ -25,7 +15,7 @@ CheckpointWriter::CheckpointWriter(const ProcessGroup& world, const Layout& layo
   const int dp_rank = world.rank() / layout.tensor_parallel;
   const int tp_rank = world.rank() % layout.tensor_parallel;
   const ProcessGroup tp = world.split(dp_rank, tp_rank);
-  std::vector<ShardedTensor> tensors = all_of(sets);
+  std::vector<ShardedTensor> tensors = all_tensors(sets);
   std::vector<HeldTensor> held = gather_slices(tp, tensors);
   blocks_ = plan_blocks(files_, held, layout, options.block_bytes);
   std::vector<Block> of_group;
@@ -40,13 +30,22 @@ CheckpointWriter::CheckpointWriter(const ProcessGroup& world, const Layout& layo
   std::vector<std::uint64_t> slots = {std::max<std::uint64_t>(1, memory / options.block_bytes)};
   tp.all_reduce(slots, ReduceOp::kMax);
   const auto used = std::min<std::uint64_t>(slots[0], share);
-  gather_ = std::make_unique<BlockGather>(tp, backend, files_, std::move(tensors), std::move(held),
-                                          std::move(of_group), static_cast<std::size_t>(slots[0]));
-  staging_ = backend.allocate_host(static_cast<index_t>(used * options.block_bytes + kDirectAlignment));
-  std::memset(staging_.data(), 0,
-              static_cast<std::size_t>(staging_.bytes()));  // all of it is there from now on
+  gather_ = std::make_unique<BlockGather>(BlockGather::Parts{.tp = tp,
+                                                             .backend = backend,
+                                                             .files = files_,
+                                                             .tensors = std::move(tensors),
+                                                             .held = std::move(held),
+                                                             .blocks = std::move(of_group)},
+                                          static_cast<std::size_t>(slots[0]));
+  staging_ = BlockMemory(backend, used * options.block_bytes);
   checksums_.resize(share);
   open_.resize(files_.files.size());
+}
+
+std::span<std::byte> CheckpointWriter::idle_memory() const {
+  check(!pending(), "a save's memory is asked for while it is under way");
+  const auto used = static_cast<std::uint64_t>(staging_.own_bytes()) - kDirectAlignment;
+  return {staging_.data(), static_cast<std::size_t>(used)};
 }
 
 CheckpointWriter::~CheckpointWriter() { cancelled_ = true; }
@@ -69,7 +68,7 @@ void CheckpointWriter::save(index_t step, nlohmann::json state,
   };
   for (std::size_t round = 0; round < rounds; ++round) {
     world_.heartbeat().beat("saving a checkpoint");
-    gather_->gather(round, staging(), options_.block_bytes);
+    gather_->gather(round, staging_.data(), options_.block_bytes);
     if (round + 1 < rounds) attempt([&] { write(round); });
   }
   phase_ = Phase::kWriting;
@@ -78,13 +77,6 @@ void CheckpointWriter::save(index_t step, nlohmann::json state,
     if (rounds > 0) write(rounds - 1);
     sync();
   });
-}
-
-// Where the first block of a round lies: disks write it without another copy.
-std::byte* CheckpointWriter::staging() const {
-  void* memory = staging_.data();
-  auto room = static_cast<std::size_t>(staging_.bytes());
-  return static_cast<std::byte*>(std::align(kDirectAlignment, 0, memory, room));
 }
 
 void CheckpointWriter::begin(index_t step, const std::map<std::string, std::string>& texts) {
@@ -101,7 +93,7 @@ void CheckpointWriter::begin(index_t step, const std::map<std::string, std::stri
 }
 
 void CheckpointWriter::write(std::size_t round) {
-  const std::byte* from = staging();
+  const std::byte* from = staging_.data();
   for (const Block& block : gather_->mine(round)) {
     if (cancelled_) return;
     const std::span bytes(from, static_cast<std::size_t>(block.bytes));
@@ -175,18 +167,11 @@ std::optional<index_t> CheckpointWriter::finish() {
 
 // Of the files, from every rank's checksums of its blocks. Collective.
 std::map<std::string, FileRecord> CheckpointWriter::records() {
-  const auto checksums = world_.all_gather(checksums_);
+  const auto checksums = file_checksums(files_, blocks_, world_.all_gather(checksums_), gather_->ranks());
   std::map<std::string, FileRecord> result;
-  auto block = blocks_.begin();
   for (std::size_t f = 0; f < files_.files.size(); ++f) {
-    std::vector<std::uint64_t> of_file;
-    for (; block != blocks_.end() && block->file == f; ++block) {
-      const int tp = gather_->ranks();
-      of_file.push_back(
-          checksums[static_cast<std::size_t>(block->dp_rank * tp + block->tp_rank)][block->slot]);
-    }
-    result.emplace(files_.files[f].name, FileRecord{.bytes = files_.files[f].bytes,
-                                                    .checksum = checksum(std::as_bytes(std::span(of_file)))});
+    const PlannedFile& file = files_.files[f];
+    result.emplace(file.name, FileRecord{.bytes = file.bytes, .checksum = checksums[f]});
   }
   return result;
 }

@@ -65,7 +65,9 @@ class CheckpointWriter {
 
   std::uint64_t checkpoint_bytes() const { return files_.bytes(); }  // of all ranks
   // Host memory that this rank keeps for saving.
-  index_t staging_bytes() const { return staging_.bytes() + gather_->bytes(); }
+  index_t staging_bytes() const { return staging_.own_bytes() + gather_->bytes(); }
+  // The largest part of it, for others to use until the next save(). Nothing may be pending.
+  std::span<std::byte> idle_memory() const;
   // Rank 0: what went wrong without harm to what was saved last (an old step cannot be removed); "" if
   // nothing.
   const std::string& complaint() const { return complaint_; }
@@ -73,7 +75,6 @@ class CheckpointWriter {
  private:
   enum class Phase { kIdle, kWriting, kCommitting };
 
-  std::byte* staging() const;
   void begin(index_t step, const std::map<std::string, std::string>& texts);
   void write(std::size_t round);
   void sync();
@@ -87,7 +88,7 @@ class CheckpointWriter {
   FilePlan files_;
   std::vector<Block> blocks_;  // of all ranks
   std::unique_ptr<BlockGather> gather_;
-  Buffer staging_;
+  BlockMemory staging_;
 
   Phase phase_ = Phase::kIdle;
   index_t step_ = 0;

@@ -75,6 +75,12 @@ void add_files(FilePlan& plan, const std::string& stem, std::span<const StoredTe
 
 }  // namespace
 
+std::vector<ShardedTensor> all_tensors(std::span<const TensorSet> sets) {
+  std::vector<ShardedTensor> all;
+  for (const TensorSet& set : sets) all.insert(all.end(), set.tensors.begin(), set.tensors.end());
+  return all;
+}
+
 std::uint64_t global_bytes(const ShardedTensor& tensor) {
   return static_cast<std::uint64_t>(std::accumulate(tensor.shape.begin(), tensor.shape.end(),
                                                     size_of(tensor.local.dtype), std::multiplies<>()));

@@ -26,10 +26,13 @@ struct PlacedTensor {
   std::uint64_t begin = 0, end = 0;
 };
 
+// Of all sets, in order.
+std::vector<ShardedTensor> all_tensors(std::span<const TensorSet> sets);
+
 struct PlannedFile {
   std::string name;
   std::string header;                 // its first bytes
-  std::vector<PlacedTensor> tensors;  // one behind the other up to the end
+  std::vector<PlacedTensor> tensors;  // by position, without overlap
   std::uint64_t bytes = 0;
 };
 

@@ -54,6 +54,22 @@ SliceRuns runs_of(const std::vector<index_t>& shape, index_t element_bytes, int 
   return runs;
 }
 
+void scatter(const SliceRuns& runs, std::uint64_t begin, std::uint64_t end, const std::byte* part,
+             std::byte* range) {
+  runs.for_each_within(begin, end, [&](std::uint64_t at, std::uint64_t bytes) {
+    std::memcpy(range + (at - begin), part, bytes);
+    part += bytes;
+  });
+}
+
+void gather(const SliceRuns& runs, std::uint64_t begin, std::uint64_t end, const std::byte* range,
+            std::byte* part) {
+  runs.for_each_within(begin, end, [&](std::uint64_t at, std::uint64_t bytes) {
+    std::memcpy(part, range + (at - begin), bytes);
+    part += bytes;
+  });
+}
+
 void read_runs(const InputFile& file, std::uint64_t begin, const SliceRuns& runs, std::byte* memory) {
   constexpr std::uint64_t kShort = std::uint64_t{32} << 10;  // a run worth a read of its own
   constexpr std::uint64_t kSpan = std::uint64_t{1} << 20;

@@ -28,6 +28,9 @@ struct SliceRuns {
     return run * bytes + (inside > offset ? std::min(inside - offset, bytes) : 0);
   }
 
+  // How many of its bytes lie within [begin, end) of the array.
+  std::uint64_t within(std::uint64_t begin, std::uint64_t end) const { return before(end) - before(begin); }
+
   // Calls work(byte of the array, bytes) for each part of a run within [begin, end) of the array, in order.
   template <class Work>
   void for_each_within(std::uint64_t begin, std::uint64_t end, Work&& work) const {
@@ -46,6 +49,13 @@ struct SliceRuns {
 // elements of `element_bytes`. InternalError where that is no part of it.
 SliceRuns runs_of(const std::vector<index_t>& shape, index_t element_bytes, int dim, index_t begin,
                   index_t end);
+
+// The slice's part of [begin, end) of the array, between `part`, where it lies dense, and `range`, which
+// holds the bytes [begin, end).
+void scatter(const SliceRuns& runs, std::uint64_t begin, std::uint64_t end, const std::byte* part,
+             std::byte* range);
+void gather(const SliceRuns& runs, std::uint64_t begin, std::uint64_t end, const std::byte* range,
+            std::byte* part);
 
 // Reads the slice of an array that begins at byte `begin` of the file into `memory`. UserError where the file
 // is short.

@@ -348,18 +348,27 @@ std::optional<std::string> find_damage(const ProcessGroup& group, const std::fil
     return record.damage.empty() ? record.state : nlohmann::json(record.damage);
   });
   if (known.is_string()) return known.get<std::string>();
+  std::vector<std::string> names;
   std::vector<std::filesystem::path> files;
-  std::vector<std::string> expected;
   for (const auto& [name, entry] : known["files"].items()) {
     if (extent == Verification::kSmall && name.ends_with(".safetensors")) continue;
+    names.push_back(name);
     files.push_back(directory / name);
-    expected.push_back(entry.at("checksum").get<std::string>());
   }
-  const auto found = tree_checksums(group, files, known.value("block_bytes", kChecksumBlock));
-  for (std::size_t i = 0; i < files.size(); ++i) {
-    if (hexadecimal(found[i]) == expected[i]) continue;
-    return fmt::format("{} is damaged: its checksum is {}, not {}", files[i].string(), hexadecimal(found[i]),
-                       expected[i]);
+  const auto checksums = tree_checksums(group, files, known.value("block_bytes", kChecksumBlock));
+  std::map<std::string, std::uint64_t> found;
+  for (std::size_t i = 0; i < names.size(); ++i) found.emplace(names[i], checksums[i]);
+  return compare_checksums(directory, known, found);
+}
+
+std::optional<std::string> compare_checksums(const std::filesystem::path& directory,
+                                             const nlohmann::json& state,
+                                             const std::map<std::string, std::uint64_t>& found) {
+  for (const auto& [name, checksum] : found) {
+    const auto expected = state.at("files").at(name).at("checksum").get<std::string>();
+    if (hexadecimal(checksum) == expected) continue;
+    return fmt::format("{} is damaged: its checksum is {}, not {}", (directory / name).string(),
+                       hexadecimal(checksum), expected);
   }
   return std::nullopt;
 }

@@ -105,6 +105,11 @@ enum class Verification { kSmall, kAll };
 // cannot be read.
 std::optional<std::string> find_damage(const ProcessGroup& group, const std::filesystem::path& directory,
                                        Verification extent = Verification::kAll);
+// What find_damage() says where the checksum of one of these files (by name) is not that of `state`, which is
+// the step's trainer.json; nothing where all are.
+std::optional<std::string> compare_checksums(const std::filesystem::path& directory,
+                                             const nlohmann::json& state,
+                                             const std::map<std::string, std::uint64_t>& found);
 // UserError where find_damage() finds some.
 void verify_step(const ProcessGroup& group, const std::filesystem::path& directory,
                  Verification extent = Verification::kAll);

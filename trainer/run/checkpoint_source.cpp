@@ -7,9 +7,9 @@
 
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/checkpoint/host_tensors.h"
 #include "trainer/checkpoint/step_directory.h"
 #include "trainer/checkpoint/t5x.h"
-#include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
 
 namespace regroup {
@@ -59,7 +59,26 @@ std::string moments_of(const CheckpointSource& source) {
   return source.state->identity.value("optimizer", "");
 }
 
+std::filesystem::path config_of(const CheckpointSource& source) { return source.directory / "config.json"; }
+
+ModelConfig read_config(const CheckpointSource& source) {
+  const std::filesystem::path file = config_of(source);
+  return model_config_from_json(read_text(file, 1 << 20), file.string());
+}
+
 }  // namespace
+
+CheckpointSource read_step(const ProcessGroup& world, const std::filesystem::path& directory) {
+  CheckpointSource source{.directory = directory, .companions = directory};
+  const nlohmann::json json = step_state(world, directory);
+  world.run_together([&] {
+    source.state = run_state_from_json(json, (directory / "trainer.json").string());
+    source.config = read_config(source);
+    source.step = source.state->step;
+    source.optimizer = moments_of(source);
+  });
+  return source;
+}
 
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path) {
   if (const auto index = find_t5x(world, path)) return t5x_source(world, *index);
@@ -67,14 +86,13 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
   const CheckpointStore store(world, path);
   if (const std::optional<index_t> step = store.latest()) source.directory = store.path_of(*step);
   source.companions = source.directory;
-  const std::filesystem::path config = source.directory / "config.json";
-  const std::filesystem::path state = source.directory / "trainer.json";
   bool is_step = false;
   world.run_together([&] {
     if (!std::filesystem::exists(path)) throw UserError("there is no checkpoint {}", path.string());
     // Ours also where trainer.json is lost: optimizer state tells.
-    is_step = std::filesystem::exists(state) || CheckpointReader::exists(source.directory, "optimizer");
-    if (!is_step && !std::filesystem::exists(config)) {
+    is_step = std::filesystem::exists(source.directory / "trainer.json") ||
+              CheckpointReader::exists(source.directory, "optimizer");
+    if (!is_step && !std::filesystem::exists(config_of(source))) {
       throw UserError(
           "{} is neither a run with a complete checkpoint, nor a step directory, nor a T5X checkpoint, nor a "
           "model directory with a config.json",
@@ -83,15 +101,10 @@ CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesyste
   });
   if (is_step) {
     verify_step(world, source.directory, Verification::kSmall);
-    const nlohmann::json json = step_state(world, source.directory);
-    world.run_together([&] {
-      source.state = run_state_from_json(json, state.string());
-      source.step = source.state->step;
-      source.optimizer = moments_of(source);
-    });
+    source = read_step(world, source.directory);
   }
   world.run_together([&] {
-    source.config = model_config_from_json(read_text(config, 1 << 20), config.string());
+    if (!is_step) source.config = read_config(source);
     CheckpointReader(source.directory).require(parameter_table(source.config));
   });
   return source;

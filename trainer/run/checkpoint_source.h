@@ -30,6 +30,10 @@ struct CheckpointSource {
 // table only. Collective; UserError saying what is missing, damaged or misshaped.
 CheckpointSource find_checkpoint(const ProcessGroup& world, const std::filesystem::path& path);
 
+// A step directory whose small files are verified (find_damage): what they say, without a look at its
+// tensors. Collective.
+CheckpointSource read_step(const ProcessGroup& world, const std::filesystem::path& directory);
+
 // Compares every byte of a checkpoint of this program with its checksums, the ranks sharing the work. Others
 // carry none. Collective; UserError naming the first damaged file.
 void verify_checkpoint(const ProcessGroup& world, const CheckpointSource& source);

@@ -5,8 +5,8 @@
 #include <fmt/ranges.h>
 
 #include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/checkpoint/host_tensors.h"
 #include "trainer/conversion/regroup.h"
-#include "trainer/run/host_tensors.h"
 
 namespace regroup {
 namespace {

@@ -41,6 +41,8 @@ class RunSaver {
   void proceed(bool failed);
 
   double staging_gigabytes() const;
+  // See CheckpointWriter.
+  std::span<std::byte> idle_memory() const { return writer_.idle_memory(); }
 
  private:
   template <class Work>

@@ -245,21 +245,18 @@ void TrainingRun::roll_back(const std::string& reason) {
     throw error;
   }
   const index_t samples = state_.samples + options_.batch_size;
-  const std::filesystem::path newest = directory_.checkpoints().path_of(*step);
-  if (const auto damage = find_damage(world_, newest)) {
+  if (reporter_) reporter_->end_line();
+  std::optional<std::string> damage = take_up(*step);
+  if (!damage) damage = load();
+  if (damage) {
     SystemError error("{}, and {}: start again, from the checkpoint before", reason, *damage);
     error.set_on_every_rank();
     throw error;
   }
-  source_ = find_checkpoint(world_, newest);
-  state_ = source_->state.value();
-  resumed_step_ = *step;
   state_.samples = samples;
   world_.run_on(0, [&] {
-    reporter_->end_line();
     reporter_ = std::make_unique<RunReporter>(options_.run, resumed_step_, options_.progress_every);
   });
-  load();
   make_batches();
   note("rollback", reason);
   log_.info("{}: back to step {}, without the samples up to {}", reason, *step, samples);
@@ -276,21 +273,20 @@ int TrainingRun::stop() {
   return kStopped;
 }
 
-// Whether the checkpoint is that of a run that has ended, saying why.
-bool TrainingRun::complete() {
-  if (!resuming()) return false;
+// Whether the checkpoint is that of a run that has ended.
+bool TrainingRun::complete() const { return resuming() && (state_.step >= total_steps_ || recovered()); }
+
+void TrainingRun::tell_complete() const {
   if (state_.step >= total_steps_) {
     log_.info("{} is complete: {} steps are done", options_.run.string(), state_.step);
-    return true;
+    return;
   }
-  if (!recovered()) return false;
   log_.info(
       "{} is complete: step {} had {}. To train on, ask for a larger --until-recovered than {:g}, or leave "
       "it "
       "out",
       options_.run.string(), state_.recovered_step, describe_recovered(gap(), state_.recovered),
       options_.until_recovered);
-  return true;
 }
 
 int TrainingRun::run() {
@@ -298,21 +294,26 @@ int TrainingRun::run() {
   directory_.take();
   if (directory_.newest() != resumed_step_) choose_start();  // another job had the run until now
   watchdog_.use_board(world_, options_.run);
-  if (complete()) {
-    draw();
-    return 0;
-  }
-  if (!directory_.count_start(resumed_step_.value_or(-1), options_.restart_budget)) {
-    if (world_.rank() == 0) {
-      log_.error(
-          "the last {} starts of {} came to no new checkpoint after step {}: the lines above and the metrics "
-          "say "
-          "why each ended. Put it right; then --restart-budget 0 starts it anyway",
-          options_.restart_budget, options_.run.string(), state_.step);
+  do {
+    // Nothing else would look at the tensors of a run that has ended.
+    while (complete()) {
+      if (fall_back(find_damage(world_, source_->directory))) continue;
+      tell_complete();
+      draw();
+      return 0;
     }
-    return kNoProgress;
-  }
-  start();
+    if (!directory_.count_start(resumed_step_.value_or(-1), options_.restart_budget)) {
+      if (world_.rank() == 0) {
+        log_.error(
+            "the last {} starts of {} came to no new checkpoint after step {}: the lines above and the "
+            "metrics "
+            "say "
+            "why each ended. Put it right; then --restart-budget 0 starts it anyway",
+            options_.restart_budget, options_.run.string(), state_.step);
+      }
+      return kNoProgress;
+    }
+  } while (!start());
   while (state_.step < total_steps_ && !recovered()) {
     const index_t before = state_.step;
     train_step();

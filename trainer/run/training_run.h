@@ -42,14 +42,18 @@ class TrainingRun {
   bool resuming() const { return resumed_step_.has_value(); }
   void choose_start();
   void find_start();
+  std::optional<std::string> take_up(index_t step);
   void decide();
   nlohmann::json identity() const;
   void plan_conversion();
   void continue_conversion();
+  void prepare();
   void build();
-  void load();
+  std::vector<TensorSet> tensor_sets() const;
+  std::optional<std::string> load();
   void convert_parent();
-  void start();
+  bool start();
+  bool fall_back(const std::optional<std::string>& damage);
   void make_batches();
   void train_step();
   LossSums forward_and_backward(double targets);
@@ -66,7 +70,8 @@ class TrainingRun {
   bool recovered() const;
   void save();
   void saved(const SavedStep& step);
-  bool complete();
+  bool complete() const;
+  void tell_complete() const;
   int stop();
   void note(const std::string& event, const std::string& detail);
 

@@ -4,12 +4,11 @@
 
 #include "kernels/base/file.h"
 #include "kernels/matmul_peak.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/checkpoint/checkpoint_loader.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
 #include "trainer/run/evaluation.h"
-#include "trainer/run/host_tensors.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/parent_conversion.h"
 #include "trainer/run/parent_moments.h"
@@ -41,19 +40,14 @@ void TrainingRun::choose_start() {
   if (source_ && !resuming()) verify_checkpoint(world_, *source_);
 }
 
-// The newest checkpoint whose every byte is intact, or the beginning. What is damaged is set aside on the
-// way.
+// The newest checkpoint that has all its files and whose small ones are intact, or the beginning. What is
+// damaged is set aside on the way. The tensors' files are verified as they are read: see load().
 void TrainingRun::find_start() {
   source_.reset();
   state_ = RunState();
   while ((resumed_step_ = directory_.newest())) {
-    const std::filesystem::path newest = directory_.checkpoints().path_of(*resumed_step_);
-    const std::optional<std::string> damage = find_damage(world_, newest);
-    if (!damage) {
-      source_ = find_checkpoint(world_, newest);
-      state_ = source_->state.value();
-      return;
-    }
+    const std::optional<std::string> damage = take_up(*resumed_step_);
+    if (!damage) return;
     directory_.set_aside(*resumed_step_, *damage);
   }
   if (!uptraining()) return;
@@ -62,6 +56,25 @@ void TrainingRun::find_start() {
   state_.step = state_.first_step;
   state_.samples = source_->state ? source_->state->samples : 0;
   state_.parent = source_->directory.string();
+}
+
+// Makes a step the one that the run goes on from, unless its small files are damaged.
+std::optional<std::string> TrainingRun::take_up(index_t step) {
+  const std::filesystem::path directory = directory_.checkpoints().path_of(step);
+  if (auto damage = find_damage(world_, directory, Verification::kSmall)) return damage;
+  source_ = read_step(world_, directory);
+  state_ = source_->state.value();
+  resumed_step_ = step;
+  return std::nullopt;
+}
+
+// Where the checkpoint to resume is damaged: sets it aside and chooses another start, which is an older step
+// of the same run, for where none is left that is an error. Whether that was so.
+bool TrainingRun::fall_back(const std::optional<std::string>& damage) {
+  if (!damage) return false;
+  directory_.set_aside(*resumed_step_, *damage);
+  choose_start();
+  return true;
 }
 
 // What the run is, from options and where it starts; refuses what cannot work. The same on every rank.
@@ -148,11 +161,8 @@ void TrainingRun::build() {
                                                        .step_offsets = state_.moment_offsets,
                                                        .max_gradient_norm = options_.max_gradient_norm});
   }
-  saver_ = std::make_unique<RunSaver>(
-      world_, layout_, *backend_, directory_.checkpoints(),
-      std::vector<TensorSet>{{.stem = "model", .tensors = sharded_parameters(runner_->parameters())},
-                             {.stem = "optimizer", .tensors = optimizer_->state()}},
-      options_, [this](const SavedStep& step) { saved(step); });
+  saver_ = std::make_unique<RunSaver>(world_, layout_, *backend_, directory_.checkpoints(), tensor_sets(),
+                                      options_, [this](const SavedStep& step) { saved(step); });
   log_.info(
       "{} parameters; {} ranks = {} data-parallel x {} tensor-parallel, micro-batches of {}; {:.2f} GB a "
       "rank for activations, {:.2f} GB for optimizer state, {:.2f} GB of host memory for saving",
@@ -161,21 +171,20 @@ void TrainingRun::build() {
       static_cast<double>(optimizer_->state_bytes()) * 1e-9, saver_->staging_gigabytes());
 }
 
-void TrainingRun::load() {
-  world_.run_together([&] {
-    const auto read_all = [this](const std::string& stem, const std::vector<ShardedTensor>& tensors) {
-      const CheckpointReader reader(source_->directory, stem);
-      reader.require(tensors);
-      fill_from_host(*backend_, tensors, [&](const ShardedTensor& tensor) {
-        world_.heartbeat().beat("loading a checkpoint");
-        reader.read(tensor);
-      });
-    };
-    read_all("model", sharded_parameters(runner_->parameters()));
-    read_all("optimizer", optimizer_->state());
-  });
+std::vector<TensorSet> TrainingRun::tensor_sets() const {
+  return {{.stem = "model", .tensors = sharded_parameters(runner_->parameters())},
+          {.stem = "optimizer", .tensors = optimizer_->state()}};
+}
+
+// Model and optimizer from the checkpoint; its damage, where there is some: then they hold anything.
+std::optional<std::string> TrainingRun::load() {
+  if (auto damage =
+          load_step(world_, layout_, *backend_, source_->directory, tensor_sets(), saver_->idle_memory())) {
+    return damage;
+  }
   runner_->parameters().refresh_weights();
   log_.info("resuming {} at step {}", options_.run.string(), state_.step);
+  return std::nullopt;
 }
 
 void TrainingRun::convert_parent() {
@@ -194,8 +203,8 @@ void TrainingRun::convert_parent() {
             state_.converted_loss, state_.converted_loss - state_.parent_loss);
 }
 
-// Everything up to the first step: memory, weights, data, yardstick.
-void TrainingRun::start() {
+// What does not depend on the step that is resumed: device, yardstick, memory.
+void TrainingRun::prepare() {
   RankDevice device = open_device(options_, world_, log_);
   backend_ = std::move(device.backend);
   if (resuming()) take_up_tuning();
@@ -210,19 +219,22 @@ void TrainingRun::start() {
   peak_flops_ = peak[0];
   log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
             options_.precision, peak_flops_ * 1e-9);
-  const bool converts = uptraining() && !resuming();
-  if (converts) plan_conversion();
+  if (uptraining() && !resuming()) plan_conversion();
   build();
+}
+
+// Everything up to the first step: memory, weights, data. False where the checkpoint to resume turned out to
+// be damaged: the run has another start now.
+bool TrainingRun::start() {
+  if (runner_ == nullptr) prepare();
+  if (resuming() && fall_back(load())) return false;
   world_.run_on(0, [&] {
     reporter_ = std::make_unique<RunReporter>(options_.run, resumed_step_, options_.progress_every);
     reporter_->event({.step = state_.step, .name = resuming() ? "resume" : "start", .detail = state_.parent});
     write_text(options_.run / "resolved.cfg", resolved_config(options_));
   });
-  if (resuming()) {
-    load();
-  } else if (converts) {
-    convert_parent();
-  } else {
+  if (!resuming() && uptraining()) convert_parent();
+  if (!resuming() && !uptraining()) {
     runner_->parameters().initialise(options_.seed);
     double unigram = 0;
     world_.run_together([&] {
@@ -235,6 +247,7 @@ void TrainingRun::start() {
   micro_batches_.resize(static_cast<std::size_t>(micros));
   flops_per_step_ = runner_->flops() * static_cast<double>(micros * world_.size());
   make_batches();
+  return true;
 }
 
 // From where the run stands in its data.

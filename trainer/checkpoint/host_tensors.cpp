@@ -1,4 +1,4 @@
-#include "trainer/run/host_tensors.h"
+#include "trainer/checkpoint/host_tensors.h"
 
 #include <vector>
 
