@@ -9,7 +9,8 @@
    holds as many heads as it has groups;
 3. both generate the same tokens greedily, with and without a cache;
 4. the tokenizer that came along reads text and back;
-5. CTranslate2's converter reads the expanded export, and its translator generates the same tokens.
+5. CTranslate2's converter reads the expanded export, and its translator generates the same tokens with the same
+   log-probabilities.
 
 Needs torch, transformers, sentencepiece (and ctranslate2): none of them is needed to train.
 """
@@ -60,7 +61,16 @@ def until_end(ids):
     return ids[:ids.index(1)] if 1 in ids else ids
 
 
-def check_ctranslate2(folder, tokenizer, inputs, expected):
+def scores_of(model, inputs, ids):
+    """Log-probabilities of what was generated, of each row until its end."""
+    ids = torch.tensor(ids)
+    with torch.no_grad():
+        logits = model(**inputs, decoder_input_ids=ids).logits[:, :-1].log_softmax(dim=-1)
+    scores = logits.gather(2, ids[:, 1:, None])[:, :, 0].tolist()
+    return [row[:len(until_end(i))] for row, i in zip(scores, ids.tolist())]
+
+
+def check_ctranslate2(folder, tokenizer, model, inputs, expected):
     import ctranslate2
 
     with tempfile.TemporaryDirectory() as work:
@@ -70,24 +80,36 @@ def check_ctranslate2(folder, tokenizer, inputs, expected):
         tokens = [tokenizer.convert_ids_to_tokens([i for i, m in zip(ids, mask) if m])
                   for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist())]
         results = translator.translate_batch(tokens, beam_size=1, max_decoding_length=24)
+        targets = [tokenizer.convert_ids_to_tokens(until_end(ids)) for ids in expected]
+        scores = [result.log_probs for result in translator.score_batch(tokens, targets)]
     found = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
     for ours, theirs in zip(expected, found):
         assert until_end(ours)[:len(theirs)] == theirs, f"CTranslate2 generates {theirs}, transformers {until_end(ours)}"
-    print(f"CTranslate2 {ctranslate2.__version__}: the same {sum(map(len, found))} tokens")
+    print(f"CTranslate2 {ctranslate2.__version__}: the same {sum(map(len, found))} tokens", end="")
+    # Its converter goes by config.tie_word_embeddings, which transformers 5 sets for every T5.
+    if model.config.tie_word_embeddings != getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings):
+        print("; scores are not comparable: converted with transformers 5, its logits are scaled as a tied T5's")
+        return
+    difference = max(abs(a - b) for ours, theirs in zip(scores_of(model, inputs, expected), scores)
+                     for a, b in zip(ours, theirs))
+    assert difference <= 1e-4, f"log-probabilities differ by {difference}"
+    print(f", log-probabilities differ by {difference:.1e}")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compact", required=True)
     parser.add_argument("--expanded", required=True)
     parser.add_argument("--ctranslate2", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.expanded)
     inputs = tokenizer(TEXT, return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     ids = inputs["input_ids"]
-    assert tokenizer.convert_tokens_to_ids("<extra_id_0>") in ids[0].tolist(), "the sentinels are not in the tokenizer"
+    vocabulary = tokenizer.get_vocab()
+    sentinel = vocabulary.get("<extra_id_0>", vocabulary.get("\u2581<extra_id_0>"))  # mT5's is a piece of its model
+    assert sentinel in ids[0].tolist(), "the sentinels are not in the tokenizer"
     decoder_ids = torch.cat([torch.zeros((len(TEXT), 1), dtype=torch.long), ids[:, :9]], dim=1)
 
     with torch.no_grad():
@@ -111,7 +133,7 @@ def main():
                   f"the same tokens; heads in the cache (self, cross): {cached_heads(model, inputs)}")
     print("text:", tokenizer.decode(ids[0], skip_special_tokens=True))
     if arguments.ctranslate2:
-        check_ctranslate2(arguments.expanded, tokenizer, inputs, tokens)
+        check_ctranslate2(arguments.expanded, tokenizer, stock, inputs, tokens)
     return 0
 
 

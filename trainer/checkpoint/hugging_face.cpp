@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
-#include "trainer/model_code.h"
+#include "trainer/checkpoint/model_code.h"
 
 namespace regroup {
 namespace {
