@@ -2,8 +2,9 @@
 """What --export writes: whole, the same at every layout, read back as the model it was made from."""
 
 import json
-import struct
 import shutil
+import signal
+import struct
 
 import harness
 from harness import DATA, MODEL, SystemTest, step_directory
@@ -21,7 +22,7 @@ class ExportTest(SystemTest):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        parent = cls.home / "parent"
+        cls.parent = parent = cls.home / "parent"
         cls.grouped = cls.home / "grouped"
         for arguments in (["--pretrain", "--corpus", cls.corpus, "--run", parent, *MODEL, *DATA, "--steps", STEPS],
                           ["--convert", "--init-from", parent, "--output", cls.grouped, "--kv-groups", 2]):
@@ -38,16 +39,42 @@ class ExportTest(SystemTest):
                           ranks=1).stdout
 
     def test_what_is_written_is_the_model(self):
-        for form in ("hf", "hf-expanded"):
+        for form in ("hf", "hf-expanded", "t5x", "t5x-expanded"):
             output = self.folder / form
             outcome = self.export(form, output)
             self.assertRegex(outcome.stderr, r"self-check: logits of what was written differ by at most [\d.e-]+ ")
             self.assertEqual(self.held_out(output), self.held_out(self.grouped), form)
-            for name in ("config.json", "generation_config.json", "model.safetensors", "spiece.model",
-                         "tokenizer_config.json"):
+            weights = f"checkpoint_{STEPS}/checkpoint" if form.startswith("t5x") else "model.safetensors"
+            for name in ("config.json", "generation_config.json", weights, "spiece.model", "tokenizer_config.json"):
                 self.assertGreater(harness.size_of(output / name), 0, name)
             self.assertEqual(harness.digest(output / "spiece.model"),
                              harness.digest(step_directory(self.grouped, STEPS) / "tokenizer.model"))
+
+    def test_t5x_there_and_back(self):
+        """With the optimizer's moments: what is read of an export is exported as the same bytes, by two ranks too."""
+        there, again = self.folder / "there", self.folder / "again"
+        self.export("t5x", there, checkpoint=self.parent)
+        self.export("t5x", again, checkpoint=there, ranks=2)
+        self.assertEqual(harness.tree(again), harness.tree(there))
+        names = {name.split("/")[1] for name in harness.tree(there) if name.startswith(f"checkpoint_{STEPS}/state.")}
+        self.assertTrue(any(name.endswith(".v_row") for name in names), names)
+        expanded = self.folder / "expanded"
+        self.export("t5x-expanded", expanded)
+        self.assertFalse([name for name in harness.tree(expanded) if "/state." in name])
+
+    def test_an_export_that_was_killed(self):
+        output, unfinished = self.folder / "output", self.folder / "output.partial"
+        with harness.Job(["--export", "hf", "--checkpoint", self.grouped, "--output", output], ranks=1) as job:
+            job.wait_for(unfinished.exists)
+            job.kill(job.process.pid, signal.SIGKILL)
+            job.finish()
+        if not output.exists():  # it may have been done
+            self.assertTrue(unfinished.exists())
+            self.export("hf", output)
+        self.assertFalse(unfinished.exists())
+        other = self.folder / "other"
+        self.export("hf", other)
+        self.assertEqual(harness.tree(output), harness.tree(other))
 
     def test_each_is_what_its_reader_wants(self):
         compact, expanded = self.folder / "compact", self.folder / "expanded"
@@ -118,6 +145,11 @@ class ExportTest(SystemTest):
         (output / "mine").write_text("kept")
         self.assert_refused(harness.run(["--export", "hf", *base]), "there already")
         self.assertEqual([path.name for path in output.iterdir()], ["mine"])
+        in_the_way = self.folder / "new.partial"
+        in_the_way.mkdir()
+        (in_the_way / "mine").write_text("kept")
+        self.assert_refused(harness.run(["--export", "hf", *base[:3], self.folder / "new"]), "in the way")
+        self.assertEqual([path.name for path in in_the_way.iterdir()], ["mine"])
         shutil.rmtree(output)
 
 
