@@ -10,7 +10,7 @@
 3. Control: the parent trained on for the largest alpha, from its own optimizer state.
 4. One uptraining run for each method, G and seed, to the largest alpha, its held-out loss taken at every alpha. T5's
    rsqrt schedule does not know how long a run is, so these points are the ends of shorter runs. Alpha 0 is the model as
-   converted. "unconverted" is the parent uptrained with all its heads: what restarting the optimizer costs or gains.
+   converted. "unconverted" is the parent uptrained with all its heads: what other orders of the data cost or gain.
 5. DIR/results.json, DIR/table.md, DIR/loss.svg, DIR/loss-zoom.svg.
 
 A step whose result exists is skipped; an uptraining run that was interrupted begins again. To repeat runs, remove their
