@@ -199,7 +199,7 @@ ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
     metadata.type = StoredType::kBF16;
   }
   metadata.zeros |= zeros;
-  return {directory, std::move(metadata)};
+  return {directory, std::move(metadata), cache_};
 }
 
 void T5xCheckpoint::add(Found& found, const Leaf& leaf, const std::string& name, bool transposed,
@@ -255,7 +255,9 @@ std::optional<index_t> T5xCheckpoint::step() const {
     const ZarrArray array = zarr_array({"step", step}, /*zeros=*/true);
     type = array.metadata().type;
     if (!array.metadata().shape.empty()) return std::nullopt;
-    if (!array.read_chunk(0, 0, bytes)) return 0;
+    const ChunkBytes chunk = array.read_chunk(0, 0);
+    if (chunk == nullptr) return 0;
+    bytes = *chunk;
   }
   const auto number = [&bytes]<class T>(T value) -> std::optional<index_t> {
     if (bytes.size() != sizeof(T)) return std::nullopt;

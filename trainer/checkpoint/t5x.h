@@ -34,7 +34,9 @@ FactoredSlots factored_slots(const std::vector<index_t>& file_shape, bool transp
 // checkpoint_<step> (the newest). Nothing where it is something else.
 std::optional<std::filesystem::path> t5x_index(const std::filesystem::path& path);
 
-// What such a file holds. Every error is a UserError naming the file and, where there is one, the array.
+// What such a file holds. Every error is a UserError naming the file and, where there is one, the array. The
+// arrays share one cache of chunks (chunk_cache.h): a checkpoint, and what is read from it, is for one
+// thread.
 class T5xCheckpoint {
  public:
   explicit T5xCheckpoint(std::filesystem::path index);
@@ -64,6 +66,7 @@ class T5xCheckpoint {
 
   std::filesystem::path index_;
   MsgpackValue root_;
+  std::shared_ptr<ChunkCache> cache_ = std::make_shared<ChunkCache>();  // of all arrays that it gives out
 };
 
 // The tensors of a checkpoint's "model" or "optimizer", as CheckpointReader calls them.

@@ -144,6 +144,53 @@ TEST(Zarr, OpensOnlyTheChunksOfTheSlice) {
               HasSubstr("0.0"));
 }
 
+// A head of a matrix that is stored as its transpose is a few columns of every chunk.
+TEST(Zarr, AChunkIsInflatedOnceForAllItsHeads) {
+  const TemporaryDirectory directory;
+  const ZarrMetadata metadata = {.shape = {12, 16}, .chunks = {12, 16}, .compressed = true};
+  std::filesystem::create_directories(directory / "q");
+  std::filesystem::create_directories(directory / "k");
+  write_chunks<float>(directory / "q", metadata, 31);
+  write_chunks<float>(directory / "k", metadata, 31);
+  const auto cache = std::make_shared<ChunkCache>();
+  const ZarrArray q(directory / "q", metadata, cache), k(directory / "k", metadata, cache);
+  std::vector<float> found(24);
+  for (index_t head = 0; head < 8; ++head) {
+    for (const ZarrArray* array : {&q, &k}) {
+      array->read(true, 0, 2 * head, 2 * head + 2, Tensor(found.data(), DType::kFloat32, {2, 12}));
+      EXPECT_EQ(found[13], value_at(1, 2 * head + 1));
+    }
+  }
+  EXPECT_EQ(cache->loads(), 2U);
+}
+
+TEST(ChunkCache, KeepsTheLastUsedWithinItsBudget) {
+  ChunkCache cache(10000);
+  const auto get = [&cache](const std::string& key, std::uint64_t size) {
+    const ChunkBytes bytes =
+        cache.get(key, size, [&](std::vector<std::byte>& all) { all.front() = std::byte(key.front()); });
+    EXPECT_EQ(bytes->size(), size);
+    EXPECT_EQ(bytes->front(), std::byte(key.front()));
+    EXPECT_LE(cache.bytes(), 10000U);
+    return cache.loads();
+  };
+  EXPECT_EQ(get("a", 4000), 1U);
+  EXPECT_EQ(get("b", 4000), 2U);
+  EXPECT_EQ(get("a", 4000), 2U);
+  EXPECT_EQ(get("c", 4000), 3U);  // in b's place
+  EXPECT_EQ(get("a", 4000), 3U);
+  EXPECT_EQ(get("b", 4000), 4U);
+  EXPECT_EQ(get("d", 10000), 5U);  // larger than the budget: used, not kept
+  EXPECT_EQ(cache.bytes(), 0U);
+  EXPECT_EQ(get("d", 10000), 6U);
+  for (int i = 0; i < 1000; ++i) get(fmt::format("small {}", i), 1);  // bounded in number too
+  // What could not be read is not kept.
+  const auto failing = [](std::vector<std::byte>&) { throw UserError("no"); };
+  EXPECT_EQ(refusal([&] { cache.get("e", 100, failing); }), "no");
+  const std::uint64_t before = cache.loads();
+  EXPECT_EQ(get("e", 100), before + 1);
+}
+
 TEST(Zarr, AMissingChunkIsZerosOnlyWhereThatIsSaid) {
   const TemporaryDirectory directory;
   ZarrMetadata metadata = {.shape = {2, 2}, .chunks = {1, 2}, .compressed = true, .zeros = true};
