@@ -8,9 +8,9 @@
 #include <utility>
 
 #include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "trainer/checkpoint/bounded_json.h"
 #include "trainer/checkpoint/safetensors.h"
 #include "trainer/checkpoint/t5x.h"
 #include "trainer/checkpoint/torch_file.h"
@@ -40,18 +40,16 @@ bool is_ignorable(std::string_view name) {
 // {tensor: file} of an index file, whose names must be plain: nothing outside its directory is opened.
 std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index,
                                                    std::string_view suffix) {
-  constexpr std::uint64_t kLimit = std::uint64_t{1} << 28;
+  constexpr std::uint64_t kLimit = std::uint64_t{16} << 20;
   const std::string where = index.string();
   std::set<std::pair<std::string, std::string>> keys;  // of the root, and of its objects
   std::string root, twice;
-  const auto note_keys = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json& value) {
-    if (event != nlohmann::json::parse_event_t::key || depth > 2) return true;
-    const auto key = value.get<std::string>();
+  const auto note_key = [&](int depth, const std::string& key) {
+    if (depth > 2) return;
     if (depth == 1) root = key;
     if (!keys.emplace(root, depth == 1 ? "" : key).second) twice = key;
-    return true;
   };
-  const auto json = nlohmann::json::parse(read_text(index, kLimit), note_keys, /*allow_exceptions=*/false);
+  const auto json = parse_bounded(read_text(index, kLimit), where, note_key);
   if (json.is_discarded()) throw UserError("{}: it is not valid JSON", where);
   if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object() ||
       json["weight_map"].empty()) {

@@ -9,6 +9,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "trainer/checkpoint/bounded_json.h"
 #include "trainer/checkpoint/names.h"
 
 namespace regroup {
@@ -188,7 +189,7 @@ ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
   if (std::filesystem::exists(own, ignored)) {  // its chunks may be other ones than those first asked for
     described = own.string();
     const json stated = fields.is_object() ? fields.value("shape", json()) : json();
-    fields = json::parse(read_text(own, 1 << 20), nullptr, /*allow_exceptions=*/false);
+    fields = parse_bounded(read_text(own, 1 << 20), described);
     if (fields.is_object() && !stated.is_null() && fields.value("shape", json()) != stated) {
       throw UserError("{}: its shape is not the one that {} states", described, index_.string());
     }

@@ -8,6 +8,7 @@
 #include <zlib.h>
 
 #include "kernels/base/error.h"
+#include "trainer/checkpoint/bounded_json.h"
 
 namespace regroup {
 namespace {
@@ -54,10 +55,6 @@ class Fields {
   }
 
  private:
-  static std::string shown(const json& value) {
-    return printable(value.dump(-1, ' ', true, json::error_handler_t::replace));
-  }
-
   const json& object_;
   std::string_view where_;
 };

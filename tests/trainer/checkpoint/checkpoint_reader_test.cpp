@@ -217,7 +217,11 @@ TEST_F(IndexedCheckpoint, IsCheckedAgainstItsFiles) {
   const std::string b = R"("b":"model-2.safetensors")";
   const auto map = [](const std::string& entries) { return "{\"weight_map\":{" + entries + "}}"; };
   EXPECT_THAT(opened("{"), HasSubstr("not valid JSON"));
-  EXPECT_THAT(opened(std::string(100000, '[')), HasSubstr("not valid JSON"));
+  const std::string deep(1'000'000, '[');
+  EXPECT_THAT(opened(deep), HasSubstr("nested deeper than 32"));
+  EXPECT_THAT(opened("{\"weight_map\":" + deep + std::string(deep.size(), ']') + "}"),
+              HasSubstr("nested deeper than 32"));
+  EXPECT_THAT(opened(std::string((16 << 20) + 1, ' ')), HasSubstr("model.safetensors.index.json"));
   EXPECT_THAT(opened("[]"), HasSubstr("weight_map"));
   EXPECT_THAT(opened("{}"), HasSubstr("weight_map"));
   EXPECT_THAT(opened(map("")), HasSubstr("weight_map"));

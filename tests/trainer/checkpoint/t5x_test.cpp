@@ -195,6 +195,13 @@ TEST(T5xCheckpoint, BelievesTheArraysOwnDescription) {
   EXPECT_THAT(opened(directory, described("target.a.b")), HasSubstr("its shape is not the one"));
   write_text(directory / "target.a.b" / ".zarray", "{");
   EXPECT_THAT(opened(directory, described("target.a.b")), HasSubstr("not a JSON object"));
+  const std::string deep(500'000, '[');
+  for (const char* field : {"shape", "dtype", "other"}) {
+    write_text(directory / "target.a.b" / ".zarray",
+               fmt::format("{{\"{}\":{}{}}}", field, deep, std::string(deep.size(), ']')));
+    EXPECT_THAT(opened(directory, described("target.a.b")),
+                AllOf(HasSubstr(".zarray"), HasSubstr("nested deeper than 32")));
+  }
 }
 
 // Before version 3 bfloat16 was stored as uint16.

@@ -290,6 +290,18 @@ TEST(Zarr, RefusesMetadataInOneClearLine) {
   EXPECT_THAT(refusal([] { zarr_metadata(json::array(), "a"); }), HasSubstr("not a JSON object"));
 }
 
+// However deep a value is, neither its check nor the message recurses into it.
+TEST(Zarr, DeepMetadataIsRefusedWithoutRecursion) {
+  for (const char* field : {"zarr_format", "shape", "chunks", "dtype", "compressor", "filters", "order",
+                            "fill_value", "dimension_separator"}) {
+    json deep = 1;
+    for (int i = 0; i < 1'000'000; ++i) deep = json::array({std::move(deep)});
+    json fields = good_fields();
+    fields[field] = std::move(deep);
+    EXPECT_THAT(refusal([&] { zarr_metadata(fields, "a"); }), HasSubstr(field));
+  }
+}
+
 TEST(Zarr, ChunksAreCutAsT5xDoes) {
   // By hand after the rule: the longest dimension to its next smaller divisor, until it fits.
   constexpr index_t kElements = index_t{1} << 24;
