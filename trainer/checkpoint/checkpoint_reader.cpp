@@ -70,15 +70,10 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
   return result;
 }
 
-// "3 missing (a, b, c)", at most a line of them.
+// "3 missing (a, b, c)"
 void list(std::vector<std::string>& complaints, const char* what, const std::vector<std::string>& names) {
-  constexpr std::size_t kListed = 20;
   if (names.empty()) return;
-  const std::size_t shown = std::min(names.size(), kListed);
-  complaints.push_back(
-      fmt::format("{} {} ({}{})", names.size(), what,
-                  fmt::join(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
-                  shown < names.size() ? ", ..." : ""));
+  complaints.push_back(fmt::format("{} {} ({})", names.size(), what, fmt::join(names, ", ")));
 }
 
 template <class Table>
@@ -157,13 +152,16 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index, std::str
   const auto weight_map = read_weight_map(index, suffix);
   std::set<std::string> names;
   for (const auto& [tensor, file] : weight_map) names.insert(file);
+  std::vector<std::string> missing;
   for (const std::string& name : names) {
     std::error_code ignored;
-    if (!std::filesystem::exists(index.parent_path() / name, ignored)) {
-      throw UserError("{}: the file {} that it names is missing", index.string(), printable(name));
-    }
-    add(open_file(index.parent_path() / name));
+    if (!std::filesystem::exists(index.parent_path() / name, ignored)) missing.push_back(printable(name));
   }
+  if (!missing.empty()) {
+    throw UserError("{}: {} of the {} files that it names are missing: {}", index.string(), missing.size(),
+                    names.size(), fmt::join(missing, ", "));
+  }
+  for (const std::string& name : names) add(open_file(index.parent_path() / name));
   for (const auto& [tensor, file] : weight_map) {
     const auto at = locations_.find(tensor);
     if (at == locations_.end() || files_[at->second.file]->path().filename() != file) {

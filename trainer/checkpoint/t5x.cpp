@@ -5,7 +5,10 @@
 #include <charconv>
 #include <cstring>
 #include <map>
+#include <set>
 #include <utility>
+
+#include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
@@ -23,6 +26,8 @@ constexpr std::array<const char*, 3> kStep = {"optimizer", "state", "step"};
 constexpr std::array<const char*, 3> kStates = {"optimizer", "state", "param_states"};
 // Version 2 stored bfloat16 as uint16 in zarr arrays.
 constexpr std::int64_t kNativeBfloat16 = 3;
+// Chunks that are listed, so that nobody waits for an array that claims to have 2^60 of them.
+constexpr std::size_t kMostMissing = std::size_t{1} << 16;
 
 // Whether it begins as a map with a key of a checkpoint does.
 bool begins_as_index(const std::filesystem::path& path) {
@@ -93,7 +98,9 @@ bool is_dummy(const std::vector<index_t>& shape) { return shape == std::vector<i
 
 struct T5xCheckpoint::Found {
   std::vector<StoredTensor> dense, zarr;
-  std::vector<ZarrArray> arrays;  // of zarr
+  std::vector<ZarrArray> arrays;                // of zarr
+  std::set<std::filesystem::path> directories;  // that were looked into
+  std::vector<std::string> missing;             // beside the index
 };
 
 FactoredSlots factored_slots(const std::vector<index_t>& file_shape, bool transposed) {
@@ -156,28 +163,36 @@ std::vector<T5xCheckpoint::Leaf> T5xCheckpoint::leaves(std::span<const char* con
   return result;
 }
 
-ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
-  const std::string where = fmt::format("{}: array '{}'", index_.string(), printable(leaf.path));
-  const json description = to_json(*leaf.value);
-  if (description["driver"] != "zarr") {
-    throw UserError("{}: its driver is {}; only zarr can be read", where,
-                    printable(leaf.value->find("driver")->text));
+std::string T5xCheckpoint::describe(const Leaf& leaf) const {
+  return fmt::format("{}: array '{}'", index_.string(), printable(leaf.path));
+}
+
+std::filesystem::path T5xCheckpoint::directory_of(const Leaf& leaf) const {
+  const auto text = [](const MsgpackValue* value) { return value == nullptr ? "" : value->text; };
+  const std::string where = describe(leaf);
+  const std::string driver = text(leaf.value->find("driver"));
+  if (driver != "zarr") {
+    throw UserError("{}: its driver is {}; only zarr can be read", where, printable(driver));
   }
   // Before TensorStore 0.1.14 the path was beside "kvstore".
-  const json& store = description["kvstore"];
-  const json* held = store.is_object() && store.contains("path") ? &store : &description;
-  std::string name = held->value("path", json()).is_string() ? (*held)["path"].get<std::string>() : "";
+  const MsgpackValue* const own = leaf.value->find("kvstore")->find("path");
+  std::string name = text(own != nullptr ? own : leaf.value->find("path"));
   if (name.ends_with('/')) name.pop_back();
   if (name.empty() || name == "." || name == ".." ||
       name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
     throw UserError("{}: its path must be the name of a directory beside that file, not '{}'", where,
                     printable(name));
   }
-  const std::filesystem::path directory = index_.parent_path() / name;
+  return index_.parent_path() / name;
+}
+
+ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
+  const std::filesystem::path directory = directory_of(leaf);
   std::error_code ignored;
   if (!std::filesystem::is_directory(directory, ignored)) {
-    throw UserError("{}: its directory {} is missing", where, directory.string());
+    throw UserError("{}: its directory {} is missing", describe(leaf), directory.string());
   }
+  const json description = to_json(*leaf.value);
   json fields = description.value("metadata", json::object());
   if (fields.is_object()) {
     fields["zarr_format"] = 2;
@@ -185,7 +200,7 @@ ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
     if (!fields.contains("dtype") && type.is_string()) fields["dtype"] = zarr_type(type.get<std::string>());
   }
   const std::filesystem::path own = directory / ".zarray";
-  std::string described = where;
+  std::string described = describe(leaf);
   if (std::filesystem::exists(own, ignored)) {  // its chunks may be other ones than those first asked for
     described = own.string();
     const json stated = fields.is_object() ? fields.value("shape", json()) : json();
@@ -212,8 +227,21 @@ void T5xCheckpoint::add(Found& found, const Leaf& leaf, const std::string& name,
     return stored;
   };
   if (is_description(*leaf.value)) {
+    const std::filesystem::path directory = directory_of(leaf);
+    const bool fresh = found.directories.insert(directory).second;
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(directory, ignored)) {
+      if (fresh) found.missing.push_back(printable(directory.filename().string()) + "/");
+      return;
+    }
     found.arrays.push_back(zarr_array(leaf, zeros));
-    const ZarrMetadata& metadata = found.arrays.back().metadata();
+    const ZarrArray& array = found.arrays.back();
+    if (fresh && found.missing.size() < kMostMissing) {
+      for (const auto& chunk : array.missing_chunks(kMostMissing - found.missing.size())) {
+        found.missing.push_back(printable(chunk.lexically_relative(index_.parent_path()).string()));
+      }
+    }
+    const ZarrMetadata& metadata = array.metadata();
     found.zarr.push_back(tensor({.name = {}, .type = metadata.type, .shape = metadata.shape}));
     return;
   }
@@ -232,6 +260,11 @@ void T5xCheckpoint::add(Found& found, const Leaf& leaf, const std::string& name,
 }
 
 std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::files(Found found) const {
+  if (!found.missing.empty()) {
+    throw UserError("{}: {}{} parts of its arrays are missing beside it, copy them there: {}",
+                    index_.string(), found.missing.size() < kMostMissing ? "" : "at least ",
+                    found.missing.size(), fmt::join(found.missing, ", "));
+  }
   std::vector<std::unique_ptr<TensorFile>> result;
   if (!found.dense.empty()) {
     result.push_back(std::make_unique<DenseFile>(InputFile(index_), std::move(found.dense)));

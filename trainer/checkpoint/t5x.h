@@ -44,7 +44,8 @@ class T5xCheckpoint {
   // Steps it was trained for, where it says so.
   std::optional<index_t> step() const;
   // Unknown parameters keep the names that they have there, "encoder/...". Arrays that flax cut into pieces
-  // (of more than 1 GiB; T5 1.1 has none) are refused by name.
+  // (of more than 1 GiB; T5 1.1 has none) are refused by name. Directories of arrays that are missing, and
+  // chunks that must be there, are refused together, each by its name (of chunks 65536 at most).
   std::vector<std::unique_ptr<TensorFile>> parameters() const;
   // Adafactor's second moments, of the parameters that are there. Slots that T5X does not use (one zero) and
   // momentum are left out. Empty where it has none.
@@ -59,6 +60,8 @@ class T5xCheckpoint {
   static void flatten(const MsgpackValue& tree, const std::string& path, std::vector<Leaf>& leaves);
   const MsgpackValue* branch(std::span<const char* const> keys) const;
   std::vector<Leaf> leaves(std::span<const char* const> keys) const;
+  std::string describe(const Leaf& leaf) const;
+  std::filesystem::path directory_of(const Leaf& leaf) const;
   ZarrArray zarr_array(const Leaf& leaf, bool zeros) const;
   std::vector<index_t> shape_of(const Leaf& leaf) const;
   void add(Found& found, const Leaf& leaf, const std::string& name, bool transposed, bool zeros) const;

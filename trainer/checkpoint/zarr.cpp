@@ -275,6 +275,23 @@ ChunkBytes ZarrArray::read_chunk(index_t i, index_t j) const {
   });
 }
 
+std::vector<std::filesystem::path> ZarrArray::missing_chunks(std::size_t most) const {
+  std::vector<std::filesystem::path> missing;
+  if (metadata_.zeros || metadata_.shape.size() > 2) return missing;
+  const auto [rows, columns] = matrix_of(metadata_.shape);
+  const auto [chunk_rows, chunk_columns] = matrix_of(metadata_.chunks);
+  if (columns == 0) return missing;
+  std::error_code ignored;
+  for (index_t i = 0; i * chunk_rows < rows; ++i) {
+    for (index_t j = 0; j * chunk_columns < columns; ++j) {
+      if (missing.size() == most) return missing;
+      std::filesystem::path path = chunk_path(i, j);
+      if (!std::filesystem::exists(path, ignored)) missing.push_back(std::move(path));
+    }
+  }
+  return missing;
+}
+
 void ZarrArray::read(bool transposed, int dim, index_t begin, index_t end, const Tensor& out) const {
   const StoredType type = metadata_.type;
   const std::vector<index_t>& shape = metadata_.shape;

@@ -53,6 +53,8 @@ class ZarrArray {
   // The bytes of the chunk (i, j) (of a vector (0, j)); null where it is not there, which means zeros.
   // UserError naming its file.
   ChunkBytes read_chunk(index_t i, index_t j) const;
+  // The chunk files that must be there and are not, at most `most` of them. Time: of those that are there.
+  std::vector<std::filesystem::path> missing_chunks(std::size_t most) const;
 
  private:
   std::filesystem::path chunk_path(index_t i, index_t j) const;

@@ -227,8 +227,9 @@ TEST_F(IndexedCheckpoint, IsCheckedAgainstItsFiles) {
   EXPECT_THAT(opened(map("")), HasSubstr("weight_map"));
   EXPECT_THAT(opened(map(a + R"(,"b":2)")), HasSubstr("'b'"));
   EXPECT_THAT(opened(map(a + "," + a)), HasSubstr("twice"));
-  EXPECT_THAT(opened(map(a + "," + b + R"(,"c":"model-3.safetensors")")),
-              HasSubstr("model-3.safetensors that it names"));
+  EXPECT_THAT(
+      opened(map(a + "," + b + R"(,"c":"model-3.safetensors","d":"model-4.safetensors")")),
+      HasSubstr("2 of the 4 files that it names are missing: model-3.safetensors, model-4.safetensors"));
   EXPECT_THAT(opened(map(a + R"(,"b":"../model-2.safetensors")")), HasSubstr("same directory"));
   EXPECT_THAT(opened(map(a + R"(,"b":"/etc/passwd")")), HasSubstr("same directory"));
   EXPECT_THAT(opened(map(a + R"(,"b":"x\u0000.safetensors")")), HasSubstr("same directory"));

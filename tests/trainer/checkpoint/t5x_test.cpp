@@ -138,6 +138,12 @@ std::string opened(const TemporaryDirectory& directory, const json& leaf, int ve
   return refusal([&] { CheckpointReader reader(directory / "checkpoint"); });
 }
 
+// Two numbers in one chunk.
+void write_array(const TemporaryDirectory& directory, const std::string& name) {
+  std::filesystem::create_directories(directory / name);
+  write_text(directory / name / "0", test::bytes_of(std::vector<float>{1, 2}));
+}
+
 json described(const std::string& path) {
   return {{"driver", "zarr"},
           {"dtype", "float32"},
@@ -147,7 +153,7 @@ json described(const std::string& path) {
 
 TEST(T5xCheckpoint, RefusesHostileDescriptions) {
   const TemporaryDirectory directory;
-  std::filesystem::create_directories(directory / "target.a.b");
+  write_array(directory, "target.a.b");
   EXPECT_EQ(opened(directory, described("target.a.b/")), "accepted");
   json old = described("");
   old["kvstore"].erase("path");
@@ -159,7 +165,7 @@ TEST(T5xCheckpoint, RefusesHostileDescriptions) {
                 AllOf(HasSubstr("'a/b'"), HasSubstr("the name of a directory")));
   }
   EXPECT_THAT(opened(directory, described(std::string("a\0b", 3))), HasSubstr("the name of a directory"));
-  EXPECT_THAT(opened(directory, described("gone")), AllOf(HasSubstr("'a/b'"), HasSubstr("gone is missing")));
+  EXPECT_THAT(opened(directory, described("gone")), HasSubstr("copy them there: gone/"));
   json bad = described("target.a.b");
   bad["driver"] = "n5";
   EXPECT_THAT(opened(directory, bad), HasSubstr("only zarr"));
@@ -178,6 +184,30 @@ TEST(T5xCheckpoint, RefusesHostileDescriptions) {
   write_text(directory / "checkpoint", "\x81\xA7version\x03");
   EXPECT_THAT(refusal([&] { CheckpointReader reader(directory / "checkpoint"); }),
               HasSubstr("no T5X checkpoint"));
+}
+
+TEST(T5xCheckpoint, ListsEverythingThatIsMissing) {
+  const TemporaryDirectory directory;
+  write_array(directory, "here");
+  std::filesystem::create_directories(directory / "cut");
+  json cut = described("cut"), zeros = described("zeros");
+  cut["metadata"]["shape"] = {5};
+  write_text(directory / "cut" / "1", test::bytes_of(std::vector<float>{1, 2}));
+  std::filesystem::create_directories(directory / "zeros");
+  zeros["metadata"]["fill_value"] = 0;
+  const json target = {{"a", described("here")},
+                       {"b", described("gone")},
+                       {"c", cut},
+                       {"d", zeros},
+                       {"e", described("gone too")}};
+  const auto bytes = json::to_msgpack({{"optimizer", {{"target", target}}}});
+  write_text(directory / "checkpoint", {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  EXPECT_THAT(refusal([&] { CheckpointReader reader(directory / "checkpoint"); }),
+              testing::EndsWith("4 parts of its arrays are missing beside it, copy them there: gone/, cut/0, "
+                                "cut/2, gone too/"));
+  // However many it claims to have.
+  cut["metadata"]["shape"] = {index_t{1} << 60};
+  EXPECT_THAT(opened(directory, cut), AllOf(HasSubstr("at least 65536 parts"), HasSubstr("cut/65536")));
 }
 
 TEST(T5xCheckpoint, BelievesTheArraysOwnDescription) {
@@ -220,7 +250,7 @@ TEST(T5xCheckpoint, ReadsBfloat16OfVersion2) {
 
 TEST(T5xCheckpoint, UnknownParametersAreListed) {
   const TemporaryDirectory directory;
-  std::filesystem::create_directories(directory / "target.a.b");
+  write_array(directory, "target.a.b");
   ASSERT_EQ(opened(directory, described("target.a.b")), "accepted");
   const CheckpointReader reader(directory / "checkpoint");
   EXPECT_THAT(refusal([&] { reader.require(parameter_table(fixture_config())); }),
