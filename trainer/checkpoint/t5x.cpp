@@ -279,16 +279,21 @@ std::optional<index_t> T5xCheckpoint::step() const {
   const MsgpackValue* step = branch(kStep);
   if (step == nullptr) return std::nullopt;
   if (step->kind == Kind::kInteger && step->integer >= 0) return step->integer;
+  // Its type and shape first: whatever else may lie there is neither read nor counted.
+  const auto is_step = [](StoredType type, const std::vector<index_t>& shape) {
+    return (type == StoredType::kI32 || type == StoredType::kI64) && shape.empty();
+  };
   std::vector<std::byte> bytes;
   StoredType type = StoredType::kI32;
-  if (step->kind == Kind::kArray && step->array.shape.empty()) {
+  if (step->kind == Kind::kArray && type_of_numpy(step->type_name) &&
+      is_step(step->array.type, step->array.shape)) {
     type = step->array.type;
-    bytes.resize(step->array.end - step->array.begin);
+    bytes.resize(static_cast<std::size_t>(size_of(type)));
     InputFile(index_).read(step->array.begin, bytes);
   } else if (is_description(*step)) {
     const ZarrArray array = zarr_array({"step", step}, /*zeros=*/true);
     type = array.metadata().type;
-    if (!array.metadata().shape.empty()) return std::nullopt;
+    if (!is_step(type, array.metadata().shape)) return std::nullopt;
     const ChunkBytes chunk = array.read_chunk(0, 0);
     if (chunk == nullptr) return 0;
     bytes = *chunk;

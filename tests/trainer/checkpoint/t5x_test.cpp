@@ -248,6 +248,42 @@ TEST(T5xCheckpoint, ReadsBfloat16OfVersion2) {
   EXPECT_EQ(CheckpointReader(directory / "checkpoint").find("a/b")->type, StoredType::kU16);
 }
 
+// Only an integer says how long it was trained.
+TEST(T5xCheckpoint, AStepIsAnIntegerScalar) {
+  const TemporaryDirectory directory;
+  const auto step_of = [&](const json& step) {
+    const json root = {{"optimizer", {{"target", json::object()}, {"state", {{"step", step}}}}}};
+    const auto bytes = json::to_msgpack(root);
+    write_text(directory / "checkpoint", {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+    return T5xCheckpoint(directory / "checkpoint").step();
+  };
+  const auto array = [](const std::vector<index_t>& shape, const char* type,
+                        std::vector<std::uint8_t> bytes) {
+    return json::binary(json::to_msgpack(json::array({shape, type, json::binary(std::move(bytes))})), 1);
+  };
+  EXPECT_EQ(step_of(7), 7);
+  EXPECT_EQ(step_of(-7), std::nullopt);
+  EXPECT_EQ(step_of("7"), std::nullopt);
+  EXPECT_EQ(step_of(array({}, "int32", {7, 1, 0, 0})), 263);
+  EXPECT_EQ(step_of(array({}, "int64", {7, 0, 0, 0, 0, 0, 0, 0})), 7);
+  EXPECT_EQ(step_of(array({}, "float32", {0, 0, 128, 63})), std::nullopt);
+  EXPECT_EQ(step_of(array({}, "datetime64", {7, 0, 0, 0})), std::nullopt);
+  EXPECT_EQ(step_of(array({2}, "int32", {7, 0, 0, 0, 8, 0, 0, 0})), std::nullopt);
+  json zarr = described("step");
+  zarr["metadata"] = {{"chunks", json::array()}, {"compressor", nullptr}, {"shape", json::array()}};
+  zarr["dtype"] = "int32";
+  std::filesystem::create_directories(directory / "step");
+  EXPECT_EQ(step_of(zarr), 0);  // not there: zero
+  write_text(directory / "step" / "0", test::bytes_of(std::vector<std::int32_t>{9}));
+  EXPECT_EQ(step_of(zarr), 9);
+  zarr["dtype"] = "float32";
+  EXPECT_EQ(step_of(zarr), std::nullopt);
+  // Where it has a shape its chunks, which may be of 4 GiB, are not read.
+  zarr["dtype"] = "int32";
+  zarr["metadata"] = {{"chunks", {1 << 29}}, {"compressor", nullptr}, {"shape", {1 << 29}}};
+  EXPECT_EQ(step_of(zarr), std::nullopt);
+}
+
 TEST(T5xCheckpoint, UnknownParametersAreListed) {
   const TemporaryDirectory directory;
   write_array(directory, "target.a.b");

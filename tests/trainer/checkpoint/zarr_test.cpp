@@ -295,7 +295,7 @@ TEST(Zarr, DeepMetadataIsRefusedWithoutRecursion) {
   for (const char* field : {"zarr_format", "shape", "chunks", "dtype", "compressor", "filters", "order",
                             "fill_value", "dimension_separator"}) {
     json deep = 1;
-    for (int i = 0; i < 1'000'000; ++i) deep = json::array({std::move(deep)});
+    for (int i = 0; i < 200'000; ++i) deep = json::array({std::move(deep)});
     json fields = good_fields();
     fields[field] = std::move(deep);
     EXPECT_THAT(refusal([&] { zarr_metadata(fields, "a"); }), HasSubstr(field));
