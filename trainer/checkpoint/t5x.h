@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -90,15 +91,20 @@ struct T5xTensor {
 };
 
 // A directory checkpoint_<step> that is being filled: zarr arrays of gzip chunks of at most 64 MiB, cut as
-// T5X does, then the index. Nothing here is collective: each process writes the arrays it likes, and one of
-// them the index, last. Atomicity is the caller's, who gives the directory its final name.
+// T5X does, then the index. Nothing here is collective: each process writes the chunks it likes, with a
+// writer of its own, then calls sync(); one of them writes the index, last. Atomicity is the caller's, who
+// gives the directory its final name.
 class T5xWriter {
  public:
   // `tensors`: all of them, parameters and their slots. UserError naming one that T5X has no name for.
   T5xWriter(std::filesystem::path directory, const std::vector<T5xTensor>& tensors);
 
-  // Writes tensors[i]: `read` gives its rows. Memory as write_zarr().
-  void write(std::size_t i, const ReadRows& read) const;
+  // Of tensors[i].
+  index_t chunks(std::size_t i) const { return chunk_count(arrays_.at(i).metadata); }
+  // Writes one chunk of tensors[i]: `read` gives slices of the tensor. Memory as write_zarr_chunk().
+  void write(std::size_t i, index_t chunk, const ReadSlice& read);
+  // Returns when everything that was written is on the disk.
+  void sync() const;
   // Writes the file `checkpoint`. Slots that were not given are T5X's unused ones.
   void write_index(index_t step) const;
 
@@ -111,6 +117,7 @@ class T5xWriter {
 
   std::filesystem::path directory_;
   std::vector<Array> arrays_;
+  std::set<std::filesystem::path> written_;  // files, and the directories that they are in
 };
 
 // The shape of the chunks of an array of `shape`, of at most `elements`: the longest dimension is made its

@@ -64,14 +64,17 @@ class ZarrArray {
   std::shared_ptr<ChunkCache> cache_;
 };
 
-// Gives rows [begin, end) of a matrix, or elements of a vector, as float32.
-using ReadRows = std::function<void(index_t begin, index_t end, float* rows)>;
+// Fills `out`, dense float32, with [begin, end) of dimension `dim` of a matrix or a vector.
+using ReadSlice = std::function<void(int dim, index_t begin, index_t end, const Tensor& out)>;
 
-// Writes an array with its .zarray as float32: metadata.shape and .chunks are the file's, `read` gives rows
-// of the array or, where `transposed`, of its transpose. Memory: a chunk, and 4 MiB of rows (one at least).
-// UserError where the disk refuses.
-void write_zarr(const std::filesystem::path& directory, const ZarrMetadata& metadata, bool transposed,
-                const ReadRows& read);
+// How many chunks an array of one or two dimensions is written in.
+index_t chunk_count(const ZarrMetadata& metadata);
+// Writes one of them as float32 into `directory`, which is there, and returns its file, which nothing has
+// flushed to the disk. `number` counts along the rows of chunks; metadata.shape and .chunks are the file's;
+// `read` gives slices of the array or, where `transposed`, of its transpose. Where chunks are cut along one
+// dimension only, every element is asked for once. Memory: two chunks. UserError where the disk refuses.
+std::filesystem::path write_zarr_chunk(const std::filesystem::path& directory, const ZarrMetadata& metadata,
+                                       bool transposed, index_t number, const ReadSlice& read);
 
 // Tensors that are zarr arrays.
 class ZarrFile final : public TensorFile {

@@ -1,6 +1,6 @@
 #include "trainer/checkpoint/zarr.h"
 
-#include <numeric>
+#include <set>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -314,42 +314,60 @@ TEST(Zarr, ChunksAreCutAsT5xDoes) {
   EXPECT_EQ(t5x_chunks({3, 5}, 1), (std::vector<index_t>{1, 1}));
 }
 
-TEST(Zarr, WhatIsWrittenIsRead) {
+// What is asked for of a matrix of value_at(), which is counted.
+ReadSlice values_of(index_t columns, bool transposed, index_t& elements) {
+  return [=, &elements](int dim, index_t begin, index_t /*end*/, const Tensor& out) {
+    elements += out.numel();
+    for (index_t k = 0; k < out.numel(); ++k) {
+      const index_t row = k / out.shape[1] + (dim == 0 ? begin : 0);
+      const index_t column = k % out.shape[1] + (dim == 1 ? begin : 0);
+      EXPECT_LT(column, columns);
+      out.as<float>()[k] = transposed ? value_at(column, row) : value_at(row, column);
+    }
+  };
+}
+
+TEST(Zarr, WhatIsWrittenIsReadAndAskedForOnce) {
   for (const bool transposed : {false, true}) {
-    for (const auto& chunks : {std::vector<index_t>{7, 5}, {1, 5}, {7, 1}, {3, 2}}) {
+    for (const auto& chunks : {std::vector<index_t>{7, 5}, {1, 5}, {3, 5}, {7, 1}, {7, 4}, {3, 2}}) {
       const TemporaryDirectory directory;
       const ZarrMetadata metadata = {.shape = {7, 5}, .chunks = chunks, .compressed = true};
-      write_zarr(directory / "a", metadata, transposed, [&](index_t begin, index_t end, float* rows) {
-        for (index_t row = begin; row < end; ++row) {
-          for (index_t column = 0; column < (transposed ? 7 : 5); ++column) {
-            *rows++ = transposed ? value_at(column, row) : value_at(row, column);
-          }
-        }
-      });
-      const json fields = json::parse(read_text(directory / "a" / ".zarray"));
-      EXPECT_EQ(zarr_metadata(fields, "x"), metadata);
-      expect_every_slice(ZarrArray(directory / "a", metadata));
+      index_t elements = 0;
+      std::set<std::filesystem::path> files;
+      for (index_t i = 0; i < chunk_count(metadata); ++i) {
+        files.insert(write_zarr_chunk(directory.path(), metadata, transposed, i,
+                                      values_of(transposed ? 7 : 5, transposed, elements)));
+      }
+      EXPECT_EQ(static_cast<index_t>(files.size()), chunk_count(metadata));
+      EXPECT_EQ(zarr_metadata(json::parse(to_json(metadata)), "x"), metadata);
+      expect_every_slice(ZarrArray(directory.path(), metadata));
+      if (chunks[0] == 7 || chunks[1] == 5) {  // cut along one dimension
+        EXPECT_EQ(elements, 35);
+      }
     }
   }
 }
 
-// More than is read at a time.
-TEST(Zarr, LargeArraysAreWrittenPieceByPiece) {
+// Cut along both dimensions, slices go beyond the chunk: they are asked for a few at a time.
+TEST(Zarr, ChunksAreWrittenInTheMemoryOfTwo) {
   const TemporaryDirectory directory;
-  constexpr index_t kRows = 1500, kColumns = 1100;
-  const ZarrMetadata metadata = {.shape = {kColumns, kRows}, .chunks = {550, 1500}, .compressed = true};
-  index_t most = 0;
-  write_zarr(directory / "a", metadata, true, [&](index_t begin, index_t end, float* rows) {
-    most = std::max(most, end - begin);
-    for (index_t i = begin * kColumns; i < end * kColumns; ++i) *rows++ = static_cast<float>(i);
-  });
-  EXPECT_LT(most, kRows);
-  std::vector<float> found(kRows * kColumns);
-  ZarrArray(directory / "a", metadata)
-      .read(true, 0, 0, kRows, Tensor(found.data(), DType::kFloat32, {kRows, kColumns}));
-  std::vector<float> expected(found.size());
-  std::iota(expected.begin(), expected.end(), 0.0F);
-  EXPECT_EQ(found, expected);
+  const ZarrMetadata metadata = {.shape = {1000, 1100}, .chunks = {100, 110}, .compressed = true};
+  for (const bool transposed : {false, true}) {
+    index_t elements = 0, most = 0;
+    const ReadSlice values = values_of(transposed ? 1000 : 1100, transposed, elements);
+    write_zarr_chunk(directory.path(), metadata, transposed, 13,
+                     [&](int dim, index_t begin, index_t end, const Tensor& out) {
+                       most = std::max(most, out.numel());
+                       values(dim, begin, end, out);
+                     });
+    EXPECT_LE(most, 100 * 110);
+    const ChunkBytes chunk = ZarrArray(directory.path(), metadata).read_chunk(1, 3);
+    std::vector<float> found(100 * 110);
+    std::memcpy(found.data(), chunk->data(), chunk->size());
+    for (index_t i = 0; i < std::ssize(found); ++i) {
+      ASSERT_EQ(found[static_cast<std::size_t>(i)], value_at(100 + i / 110, 330 + i % 110));
+    }
+  }
 }
 
 }  // namespace
