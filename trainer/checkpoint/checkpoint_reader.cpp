@@ -115,8 +115,15 @@ CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std:
                   fmt::join(names, " nor "));
 }
 
+CheckpointReader::CheckpointReader(std::filesystem::path path, std::vector<std::unique_ptr<TensorFile>> files)
+    : path_(std::move(path)) {
+  for (auto& file : files) add(std::move(file));
+}
+
 bool CheckpointReader::exists(const std::filesystem::path& directory, const std::string& stem) {
-  if (const auto index = t5x_index(directory)) return !open_t5x(*index, stem).empty();
+  if (const auto index = t5x_index(directory)) {
+    return stem == "model" || (stem == "optimizer" && T5xCheckpoint(*index).has_moments());
+  }
   std::error_code ignored;
   const auto names = file_names(stem);
   return std::any_of(names.begin(), names.end(), [&](const FileName& name) {

@@ -96,6 +96,12 @@ bool is_dummy(const std::vector<index_t>& shape) { return shape == std::vector<i
 
 }  // namespace
 
+struct T5xCheckpoint::Slot {
+  Leaf leaf, target;  // the parameter that it is of
+  OtherName name;     // of that
+  std::string slot;   // "v", "v_row", "v_col"
+};
+
 struct T5xCheckpoint::Found {
   std::vector<StoredTensor> dense, zarr;
   std::vector<ZarrArray> arrays;                // of zarr
@@ -329,10 +335,10 @@ std::vector<index_t> T5xCheckpoint::shape_of(const Leaf& leaf) const {
   return result;
 }
 
-std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::moments() const {
+std::vector<T5xCheckpoint::Slot> T5xCheckpoint::slots() const {
   std::map<std::string, Leaf> targets;
   for (const Leaf& leaf : leaves(kTarget)) targets.emplace(leaf.path, leaf);
-  Found found;
+  std::vector<Slot> result;
   for (const Leaf& leaf : leaves(kStates)) {
     const std::size_t cut = leaf.path.rfind('/');
     if (cut == std::string::npos) continue;
@@ -340,18 +346,27 @@ std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::moments() const {
     const std::optional<OtherName> name = name_of_t5x(path);
     const auto target = targets.find(path);
     if (!name || target == targets.end() || (slot != "v" && slot != "v_row" && slot != "v_col")) continue;
-    if (is_dummy(shape_of(leaf))) continue;
+    if (!is_dummy(shape_of(leaf))) result.push_back({leaf, target->second, *name, slot});
+  }
+  return result;
+}
+
+bool T5xCheckpoint::has_moments() const { return !slots().empty(); }
+
+std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::moments() const {
+  Found found;
+  for (const auto& [leaf, target, name, slot] : slots()) {
     if (slot == "v") {
-      add(found, leaf, name->name + ".second_moment", name->transposed, /*zeros=*/true);
+      add(found, leaf, name.name + ".second_moment", name.transposed, /*zeros=*/true);
       continue;
     }
-    const std::vector<index_t> shape = shape_of(target->second);
+    const std::vector<index_t> shape = shape_of(target);
     if (shape.size() != 2) {
-      throw UserError("{}: '{}' has a factored moment, but the shape {}", index_.string(), printable(path),
-                      shape_text(shape));
+      throw UserError("{}: '{}' has a factored moment, but the shape {}", index_.string(),
+                      printable(target.path), shape_text(shape));
     }
-    const bool of_rows = slot == factored_slots(shape, name->transposed).row;
-    add(found, leaf, name->name + (of_rows ? ".second_moment_row" : ".second_moment_column"), false,
+    const bool of_rows = slot == factored_slots(shape, name.transposed).row;
+    add(found, leaf, name.name + (of_rows ? ".second_moment_row" : ".second_moment_column"), false,
         /*zeros=*/true);
   }
   return files(std::move(found));

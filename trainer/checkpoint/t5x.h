@@ -51,16 +51,20 @@ class T5xCheckpoint {
   // Adafactor's second moments, of the parameters that are there. Slots that T5X does not use (one zero) and
   // momentum are left out. Empty where it has none.
   std::vector<std::unique_ptr<TensorFile>> moments() const;
+  // Whether there are any; told by the index, nothing else is opened.
+  bool has_moments() const;
 
  private:
   struct Leaf {
     std::string path;
     const MsgpackValue* value = nullptr;
   };
+  struct Slot;
   struct Found;
   static void flatten(const MsgpackValue& tree, const std::string& path, std::vector<Leaf>& leaves);
   const MsgpackValue* branch(std::span<const char* const> keys) const;
   std::vector<Leaf> leaves(std::span<const char* const> keys) const;
+  std::vector<Slot> slots() const;
   std::string describe(const Leaf& leaf) const;
   std::filesystem::path directory_of(const Leaf& leaf) const;
   ZarrArray zarr_array(const Leaf& leaf, bool zeros) const;

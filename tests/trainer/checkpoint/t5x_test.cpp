@@ -210,6 +210,19 @@ TEST(T5xCheckpoint, ListsEverythingThatIsMissing) {
   EXPECT_THAT(opened(directory, cut), AllOf(HasSubstr("at least 65536 parts"), HasSubstr("cut/65536")));
 }
 
+// What is there is told by the index; what is missing of it, by whoever reads it.
+TEST(T5xCheckpoint, ExistsByItsIndexAlone) {
+  const TemporaryDirectory directory;
+  const auto text = read_text(kImports / "t5x_zarr" / "checkpoint_1000" / "checkpoint");
+  write_text(directory / "checkpoint", text);
+  EXPECT_TRUE(CheckpointReader::exists(directory.path()));
+  EXPECT_TRUE(CheckpointReader::exists(directory.path(), "optimizer"));
+  EXPECT_FALSE(CheckpointReader::exists(directory.path(), "other"));
+  for (const char* stem : {"model", "optimizer"}) {
+    EXPECT_THAT(refusal([&] { CheckpointReader reader(directory.path(), stem); }), HasSubstr("missing"));
+  }
+}
+
 TEST(T5xCheckpoint, BelievesTheArraysOwnDescription) {
   const TemporaryDirectory directory;
   std::filesystem::create_directories(directory / "target.a.b");
