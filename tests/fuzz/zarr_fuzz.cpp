@@ -9,13 +9,14 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "trainer/checkpoint/bounded_json.h"
 #include "trainer/checkpoint/zarr.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   const std::size_t cut = std::min(text.find('\n'), size);
   try {
-    const auto fields = nlohmann::json::parse(text.substr(0, cut), nullptr, /*allow_exceptions=*/false);
+    const auto fields = regroup::parse_bounded(text.substr(0, cut), "fuzzed");
     const regroup::ZarrMetadata metadata = regroup::zarr_metadata(fields, "fuzzed");
     regroup::check(regroup::stored_bytes(metadata.type, metadata.shape).has_value(), "an impossible array");
     constexpr std::uint64_t kMost = 1 << 16;

@@ -144,6 +144,33 @@ class T5xTest(SystemTest):
         report = json.loads((output / "conversion.json").read_text())
         self.assertRegex(report["provenance"]["parent_checksum"], r"^[0-9a-f]{16}$")
 
+    def test_export_is_the_model_whoever_writes_it(self):
+        trees = {}
+        for ranks in (1, 2):
+            output = self.folder / f"{ranks}"
+            self.train(["--export", "t5x", "--checkpoint", self.parent, "--output", output], ranks=ranks)
+            trees[ranks] = harness.tree(output)
+            self.assertFalse([name for name in trees[ranks] if "partial" in name])
+            outcome = self.train(["--evaluate", "--corpus", self.corpus, "--checkpoint", output, *DATA[:2], *DATA[4:6],
+                                  "--precision", "fp32"])
+            loss = float(re.search(r"held-out loss ([\d.]+)", outcome.stdout).group(1))
+            self.assert_relative(loss, harness.evaluations(self.parent)[PARENT_STEPS, "held-out"], 1e-5)
+        self.assertEqual(trees[2], trees[1])
+        grouped = self.folder / "grouped"
+        self.train(["--convert", "--init-from", self.parent, "--output", grouped, "--kv-groups", 2])
+        outcome = self.train(["--export", "t5x-expanded", "--checkpoint", grouped, "--output", self.folder / "expanded"])
+        self.assertRegex(outcome.stderr, r"self-check: logits of what was written differ by at most [\d.e-]+ ")
+
+    def test_all_that_is_missing_is_listed(self):
+        output = self.folder / "output"
+        self.train(["--export", "t5x", "--checkpoint", self.parent, "--output", output])
+        arrays = output / f"checkpoint_{PARENT_STEPS}"
+        gone = [arrays / "target.decoder.logits_dense.kernel" / "0.0", arrays / "target.encoder.encoder_norm.scale" / "0"]
+        for path in gone:
+            path.unlink()
+        outcome = harness.run(["--evaluate", "--corpus", self.corpus, "--checkpoint", output])
+        self.assert_refused(outcome, "2 parts .*decoder.logits_dense.kernel/0.0, .*encoder_norm.scale/0")
+
     def test_what_is_refused(self):
         index = self.model / f"checkpoint_{PARENT_STEPS}" / "checkpoint"
         broken = self.folder / "checkpoint"

@@ -8,9 +8,9 @@
 #include <utility>
 
 #include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "trainer/checkpoint/bounded_json.h"
 #include "trainer/checkpoint/safetensors.h"
 #include "trainer/checkpoint/t5x.h"
 #include "trainer/checkpoint/torch_file.h"
@@ -40,18 +40,16 @@ bool is_ignorable(std::string_view name) {
 // {tensor: file} of an index file, whose names must be plain: nothing outside its directory is opened.
 std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index,
                                                    std::string_view suffix) {
-  constexpr std::uint64_t kLimit = std::uint64_t{1} << 28;
+  constexpr std::uint64_t kLimit = std::uint64_t{16} << 20;
   const std::string where = index.string();
   std::set<std::pair<std::string, std::string>> keys;  // of the root, and of its objects
   std::string root, twice;
-  const auto note_keys = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json& value) {
-    if (event != nlohmann::json::parse_event_t::key || depth > 2) return true;
-    const auto key = value.get<std::string>();
+  const auto note_key = [&](int depth, const std::string& key) {
+    if (depth > 2) return;
     if (depth == 1) root = key;
     if (!keys.emplace(root, depth == 1 ? "" : key).second) twice = key;
-    return true;
   };
-  const auto json = nlohmann::json::parse(read_text(index, kLimit), note_keys, /*allow_exceptions=*/false);
+  const auto json = parse_bounded(read_text(index, kLimit), where, note_key);
   if (json.is_discarded()) throw UserError("{}: it is not valid JSON", where);
   if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object() ||
       json["weight_map"].empty()) {
@@ -72,15 +70,10 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
   return result;
 }
 
-// "3 missing (a, b, c)", at most a line of them.
+// "3 missing (a, b, c)"
 void list(std::vector<std::string>& complaints, const char* what, const std::vector<std::string>& names) {
-  constexpr std::size_t kListed = 20;
   if (names.empty()) return;
-  const std::size_t shown = std::min(names.size(), kListed);
-  complaints.push_back(
-      fmt::format("{} {} ({}{})", names.size(), what,
-                  fmt::join(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
-                  shown < names.size() ? ", ..." : ""));
+  complaints.push_back(fmt::format("{} {} ({})", names.size(), what, fmt::join(names, ", ")));
 }
 
 template <class Table>
@@ -122,8 +115,15 @@ CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std:
                   fmt::join(names, " nor "));
 }
 
+CheckpointReader::CheckpointReader(std::filesystem::path path, std::vector<std::unique_ptr<TensorFile>> files)
+    : path_(std::move(path)) {
+  for (auto& file : files) add(std::move(file));
+}
+
 bool CheckpointReader::exists(const std::filesystem::path& directory, const std::string& stem) {
-  if (const auto index = t5x_index(directory)) return !open_t5x(*index, stem).empty();
+  if (const auto index = t5x_index(directory)) {
+    return stem == "model" || (stem == "optimizer" && T5xCheckpoint(*index).has_moments());
+  }
   std::error_code ignored;
   const auto names = file_names(stem);
   return std::any_of(names.begin(), names.end(), [&](const FileName& name) {
@@ -159,13 +159,16 @@ void CheckpointReader::open_indexed(const std::filesystem::path& index, std::str
   const auto weight_map = read_weight_map(index, suffix);
   std::set<std::string> names;
   for (const auto& [tensor, file] : weight_map) names.insert(file);
+  std::vector<std::string> missing;
   for (const std::string& name : names) {
     std::error_code ignored;
-    if (!std::filesystem::exists(index.parent_path() / name, ignored)) {
-      throw UserError("{}: the file {} that it names is missing", index.string(), printable(name));
-    }
-    add(open_file(index.parent_path() / name));
+    if (!std::filesystem::exists(index.parent_path() / name, ignored)) missing.push_back(printable(name));
   }
+  if (!missing.empty()) {
+    throw UserError("{}: {} of the {} files that it names are missing: {}", index.string(), missing.size(),
+                    names.size(), fmt::join(missing, ", "));
+  }
+  for (const std::string& name : names) add(open_file(index.parent_path() / name));
   for (const auto& [tensor, file] : weight_map) {
     const auto at = locations_.find(tensor);
     if (at == locations_.end() || files_[at->second.file]->path().filename() != file) {

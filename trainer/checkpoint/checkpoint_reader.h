@@ -26,8 +26,11 @@ class CheckpointReader {
   // pytorch_model.bin, or pytorch_model.bin.index.json and its shards; or a T5X checkpoint (t5x.h), whose
   // "optimizer" are Adafactor's moments.
   explicit CheckpointReader(const std::filesystem::path& path, const std::string& stem = "model");
+  // Of files that are open already; `path` is for messages.
+  CheckpointReader(std::filesystem::path path, std::vector<std::unique_ptr<TensorFile>> files);
 
-  // Whether `directory` holds such a checkpoint.
+  // Whether `directory` holds such a checkpoint, by its files' names or, of T5X's, its index: no tensor is
+  // looked for.
   static bool exists(const std::filesystem::path& directory, const std::string& stem = "model");
 
   const std::filesystem::path& path() const { return path_; }

@@ -5,10 +5,14 @@
 #include <charconv>
 #include <cstring>
 #include <map>
+#include <set>
 #include <utility>
+
+#include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "trainer/checkpoint/bounded_json.h"
 #include "trainer/checkpoint/names.h"
 
 namespace regroup {
@@ -22,6 +26,8 @@ constexpr std::array<const char*, 3> kStep = {"optimizer", "state", "step"};
 constexpr std::array<const char*, 3> kStates = {"optimizer", "state", "param_states"};
 // Version 2 stored bfloat16 as uint16 in zarr arrays.
 constexpr std::int64_t kNativeBfloat16 = 3;
+// Chunks that are listed, so that nobody waits for an array that claims to have 2^60 of them.
+constexpr std::size_t kMostMissing = std::size_t{1} << 16;
 
 // Whether it begins as a map with a key of a checkpoint does.
 bool begins_as_index(const std::filesystem::path& path) {
@@ -90,9 +96,17 @@ bool is_dummy(const std::vector<index_t>& shape) { return shape == std::vector<i
 
 }  // namespace
 
+struct T5xCheckpoint::Slot {
+  Leaf leaf, target;  // the parameter that it is of
+  OtherName name;     // of that
+  std::string slot;   // "v", "v_row", "v_col"
+};
+
 struct T5xCheckpoint::Found {
   std::vector<StoredTensor> dense, zarr;
-  std::vector<ZarrArray> arrays;  // of zarr
+  std::vector<ZarrArray> arrays;                // of zarr
+  std::set<std::filesystem::path> directories;  // that were looked into
+  std::vector<std::string> missing;             // beside the index
 };
 
 FactoredSlots factored_slots(const std::vector<index_t>& file_shape, bool transposed) {
@@ -155,28 +169,36 @@ std::vector<T5xCheckpoint::Leaf> T5xCheckpoint::leaves(std::span<const char* con
   return result;
 }
 
-ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
-  const std::string where = fmt::format("{}: array '{}'", index_.string(), printable(leaf.path));
-  const json description = to_json(*leaf.value);
-  if (description["driver"] != "zarr") {
-    throw UserError("{}: its driver is {}; only zarr can be read", where,
-                    printable(leaf.value->find("driver")->text));
+std::string T5xCheckpoint::describe(const Leaf& leaf) const {
+  return fmt::format("{}: array '{}'", index_.string(), printable(leaf.path));
+}
+
+std::filesystem::path T5xCheckpoint::directory_of(const Leaf& leaf) const {
+  const auto text = [](const MsgpackValue* value) { return value == nullptr ? "" : value->text; };
+  const std::string where = describe(leaf);
+  const std::string driver = text(leaf.value->find("driver"));
+  if (driver != "zarr") {
+    throw UserError("{}: its driver is {}; only zarr can be read", where, printable(driver));
   }
   // Before TensorStore 0.1.14 the path was beside "kvstore".
-  const json& store = description["kvstore"];
-  const json* held = store.is_object() && store.contains("path") ? &store : &description;
-  std::string name = held->value("path", json()).is_string() ? (*held)["path"].get<std::string>() : "";
+  const MsgpackValue* const own = leaf.value->find("kvstore")->find("path");
+  std::string name = text(own != nullptr ? own : leaf.value->find("path"));
   if (name.ends_with('/')) name.pop_back();
   if (name.empty() || name == "." || name == ".." ||
       name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
     throw UserError("{}: its path must be the name of a directory beside that file, not '{}'", where,
                     printable(name));
   }
-  const std::filesystem::path directory = index_.parent_path() / name;
+  return index_.parent_path() / name;
+}
+
+ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
+  const std::filesystem::path directory = directory_of(leaf);
   std::error_code ignored;
   if (!std::filesystem::is_directory(directory, ignored)) {
-    throw UserError("{}: its directory {} is missing", where, directory.string());
+    throw UserError("{}: its directory {} is missing", describe(leaf), directory.string());
   }
+  const json description = to_json(*leaf.value);
   json fields = description.value("metadata", json::object());
   if (fields.is_object()) {
     fields["zarr_format"] = 2;
@@ -184,11 +206,11 @@ ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
     if (!fields.contains("dtype") && type.is_string()) fields["dtype"] = zarr_type(type.get<std::string>());
   }
   const std::filesystem::path own = directory / ".zarray";
-  std::string described = where;
+  std::string described = describe(leaf);
   if (std::filesystem::exists(own, ignored)) {  // its chunks may be other ones than those first asked for
     described = own.string();
     const json stated = fields.is_object() ? fields.value("shape", json()) : json();
-    fields = json::parse(read_text(own, 1 << 20), nullptr, /*allow_exceptions=*/false);
+    fields = parse_bounded(read_text(own, 1 << 20), described);
     if (fields.is_object() && !stated.is_null() && fields.value("shape", json()) != stated) {
       throw UserError("{}: its shape is not the one that {} states", described, index_.string());
     }
@@ -199,7 +221,7 @@ ZarrArray T5xCheckpoint::zarr_array(const Leaf& leaf, bool zeros) const {
     metadata.type = StoredType::kBF16;
   }
   metadata.zeros |= zeros;
-  return {directory, std::move(metadata)};
+  return {directory, std::move(metadata), cache_};
 }
 
 void T5xCheckpoint::add(Found& found, const Leaf& leaf, const std::string& name, bool transposed,
@@ -211,8 +233,21 @@ void T5xCheckpoint::add(Found& found, const Leaf& leaf, const std::string& name,
     return stored;
   };
   if (is_description(*leaf.value)) {
+    const std::filesystem::path directory = directory_of(leaf);
+    const bool fresh = found.directories.insert(directory).second;
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(directory, ignored)) {
+      if (fresh) found.missing.push_back(printable(directory.filename().string()) + "/");
+      return;
+    }
     found.arrays.push_back(zarr_array(leaf, zeros));
-    const ZarrMetadata& metadata = found.arrays.back().metadata();
+    const ZarrArray& array = found.arrays.back();
+    if (fresh && found.missing.size() < kMostMissing) {
+      for (const auto& chunk : array.missing_chunks(kMostMissing - found.missing.size())) {
+        found.missing.push_back(printable(chunk.lexically_relative(index_.parent_path()).string()));
+      }
+    }
+    const ZarrMetadata& metadata = array.metadata();
     found.zarr.push_back(tensor({.name = {}, .type = metadata.type, .shape = metadata.shape}));
     return;
   }
@@ -231,6 +266,11 @@ void T5xCheckpoint::add(Found& found, const Leaf& leaf, const std::string& name,
 }
 
 std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::files(Found found) const {
+  if (!found.missing.empty()) {
+    throw UserError("{}: {}{} parts of its arrays are missing beside it, copy them there: {}",
+                    index_.string(), found.missing.size() < kMostMissing ? "" : "at least ",
+                    found.missing.size(), fmt::join(found.missing, ", "));
+  }
   std::vector<std::unique_ptr<TensorFile>> result;
   if (!found.dense.empty()) {
     result.push_back(std::make_unique<DenseFile>(InputFile(index_), std::move(found.dense)));
@@ -245,17 +285,24 @@ std::optional<index_t> T5xCheckpoint::step() const {
   const MsgpackValue* step = branch(kStep);
   if (step == nullptr) return std::nullopt;
   if (step->kind == Kind::kInteger && step->integer >= 0) return step->integer;
+  // Its type and shape first: whatever else may lie there is neither read nor counted.
+  const auto is_step = [](StoredType type, const std::vector<index_t>& shape) {
+    return (type == StoredType::kI32 || type == StoredType::kI64) && shape.empty();
+  };
   std::vector<std::byte> bytes;
   StoredType type = StoredType::kI32;
-  if (step->kind == Kind::kArray && step->array.shape.empty()) {
+  if (step->kind == Kind::kArray && type_of_numpy(step->type_name) &&
+      is_step(step->array.type, step->array.shape)) {
     type = step->array.type;
-    bytes.resize(step->array.end - step->array.begin);
+    bytes.resize(static_cast<std::size_t>(size_of(type)));
     InputFile(index_).read(step->array.begin, bytes);
   } else if (is_description(*step)) {
     const ZarrArray array = zarr_array({"step", step}, /*zeros=*/true);
     type = array.metadata().type;
-    if (!array.metadata().shape.empty()) return std::nullopt;
-    if (!array.read_chunk(0, 0, bytes)) return 0;
+    if (!is_step(type, array.metadata().shape)) return std::nullopt;
+    const ChunkBytes chunk = array.read_chunk(0, 0);
+    if (chunk == nullptr) return 0;
+    bytes = *chunk;
   }
   const auto number = [&bytes]<class T>(T value) -> std::optional<index_t> {
     if (bytes.size() != sizeof(T)) return std::nullopt;
@@ -288,10 +335,10 @@ std::vector<index_t> T5xCheckpoint::shape_of(const Leaf& leaf) const {
   return result;
 }
 
-std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::moments() const {
+std::vector<T5xCheckpoint::Slot> T5xCheckpoint::slots() const {
   std::map<std::string, Leaf> targets;
   for (const Leaf& leaf : leaves(kTarget)) targets.emplace(leaf.path, leaf);
-  Found found;
+  std::vector<Slot> result;
   for (const Leaf& leaf : leaves(kStates)) {
     const std::size_t cut = leaf.path.rfind('/');
     if (cut == std::string::npos) continue;
@@ -299,18 +346,27 @@ std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::moments() const {
     const std::optional<OtherName> name = name_of_t5x(path);
     const auto target = targets.find(path);
     if (!name || target == targets.end() || (slot != "v" && slot != "v_row" && slot != "v_col")) continue;
-    if (is_dummy(shape_of(leaf))) continue;
+    if (!is_dummy(shape_of(leaf))) result.push_back({leaf, target->second, *name, slot});
+  }
+  return result;
+}
+
+bool T5xCheckpoint::has_moments() const { return !slots().empty(); }
+
+std::vector<std::unique_ptr<TensorFile>> T5xCheckpoint::moments() const {
+  Found found;
+  for (const auto& [leaf, target, name, slot] : slots()) {
     if (slot == "v") {
-      add(found, leaf, name->name + ".second_moment", name->transposed, /*zeros=*/true);
+      add(found, leaf, name.name + ".second_moment", name.transposed, /*zeros=*/true);
       continue;
     }
-    const std::vector<index_t> shape = shape_of(target->second);
+    const std::vector<index_t> shape = shape_of(target);
     if (shape.size() != 2) {
-      throw UserError("{}: '{}' has a factored moment, but the shape {}", index_.string(), printable(path),
-                      shape_text(shape));
+      throw UserError("{}: '{}' has a factored moment, but the shape {}", index_.string(),
+                      printable(target.path), shape_text(shape));
     }
-    const bool of_rows = slot == factored_slots(shape, name->transposed).row;
-    add(found, leaf, name->name + (of_rows ? ".second_moment_row" : ".second_moment_column"), false,
+    const bool of_rows = slot == factored_slots(shape, name.transposed).row;
+    add(found, leaf, name.name + (of_rows ? ".second_moment_row" : ".second_moment_column"), false,
         /*zeros=*/true);
   }
   return files(std::move(found));

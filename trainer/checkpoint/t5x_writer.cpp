@@ -96,9 +96,22 @@ T5xWriter::T5xWriter(std::filesystem::path directory, const std::vector<T5xTenso
   }
 }
 
-void T5xWriter::write(std::size_t i, const ReadRows& read) const {
+void T5xWriter::write(std::size_t i, index_t chunk, const ReadSlice& read) {
   const Array& array = arrays_.at(i);
-  write_zarr(directory_ / directory_name(array.path), array.metadata, array.transposed, read);
+  const std::filesystem::path directory = directory_ / directory_name(array.path);
+  regroup::create_directories(directory);
+  written_.insert(write_zarr_chunk(directory, array.metadata, array.transposed, chunk, read));
+  written_.insert(directory);
+  if (chunk != 0) return;
+  const std::string text = to_json(array.metadata);
+  const std::filesystem::path own = directory / ".zarray";
+  create_file(own, text.size());
+  SharedOutputFile(own).write(0, std::as_bytes(std::span(text)));
+  written_.insert(own);
+}
+
+void T5xWriter::sync() const {
+  for (const std::filesystem::path& path : written_) sync_to_disk(path);
 }
 
 void T5xWriter::write_index(index_t step) const {

@@ -8,6 +8,7 @@
 #include <zlib.h>
 
 #include "kernels/base/error.h"
+#include "trainer/checkpoint/bounded_json.h"
 
 namespace regroup {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::uint64_t kPiece = std::uint64_t{1} << 18;         // of compressed bytes
+constexpr index_t kStaged = index_t{4} << 20;                    // of elements that are converted together
 constexpr std::uint64_t kLargestChunk = std::uint64_t{1} << 32;  // bytes
 constexpr std::size_t kMostDimensions = 32;
 // Deflate makes at most 1032 bytes of one.
@@ -53,10 +55,6 @@ class Fields {
   }
 
  private:
-  static std::string shown(const json& value) {
-    return printable(value.dump(-1, ' ', true, json::error_handler_t::replace));
-  }
-
   const json& object_;
   std::string_view where_;
 };
@@ -134,15 +132,20 @@ Block overlap(const Block& a, const Block& b) {
           std::max(a.first_column, b.first_column), std::min(a.last_column, b.last_column)};
 }
 
-// Moves what is `part` of a chunk to its front, row behind row.
-void gather(std::vector<std::byte>& bytes, const Block& chunk, const Block& part, index_t width) {
+// The elements `part` of a chunk, row behind row: where they lie, or copied to `staged`.
+const std::byte* rows_of(const std::vector<std::byte>& bytes, const Block& chunk, const Block& part,
+                         index_t width, std::vector<std::byte>& staged) {
+  const index_t first =
+      (part.first_row - chunk.first_row) * chunk.columns() + part.first_column - chunk.first_column;
+  const std::byte* const from = bytes.data() + first * width;
+  if (part.columns() == chunk.columns()) return from;
   const index_t row_bytes = part.columns() * width;
+  staged.resize(static_cast<std::size_t>(part.rows() * row_bytes));
   for (index_t row = 0; row < part.rows(); ++row) {
-    const index_t from =
-        (part.first_row - chunk.first_row + row) * chunk.columns() + part.first_column - chunk.first_column;
-    std::memmove(bytes.data() + row * row_bytes, bytes.data() + from * width,
-                 static_cast<std::size_t>(row_bytes));
+    std::memcpy(staged.data() + row * row_bytes, from + row * chunk.columns() * width,
+                static_cast<std::size_t>(row_bytes));
   }
+  return staged.data();
 }
 
 // Converts `part` of `whole`, which goes to `out`, or whose transpose does.
@@ -250,12 +253,12 @@ std::filesystem::path ZarrArray::chunk_path(index_t i, index_t j) const {
   }
 }
 
-bool ZarrArray::read_chunk(index_t i, index_t j, std::vector<std::byte>& bytes) const {
+ChunkBytes ZarrArray::read_chunk(index_t i, index_t j) const {
   const std::filesystem::path path = chunk_path(i, j);
   std::error_code ignored;
   if (metadata_.zeros && !std::filesystem::exists(path, ignored) &&
       std::filesystem::is_directory(directory_, ignored)) {
-    return false;
+    return nullptr;
   }
   const InputFile file(path);
   const std::uint64_t size = *stored_bytes(metadata_.type, metadata_.chunks);
@@ -263,13 +266,30 @@ bool ZarrArray::read_chunk(index_t i, index_t j, std::vector<std::byte>& bytes) 
   if (metadata_.compressed ? file.size() < size / kLargestRatio : file.size() != size) {
     throw UserError("{}: it has {} bytes; that is no chunk of {}", path.string(), file.size(), size);
   }
-  bytes.resize(static_cast<std::size_t>(size));
-  if (metadata_.compressed) {
-    decompress(source_of(file), bytes, path.string());
-  } else {
-    file.read(0, bytes);
+  return cache_->get(path.string(), size, [&](std::vector<std::byte>& bytes) {
+    if (metadata_.compressed) {
+      decompress(source_of(file), bytes, path.string());
+    } else {
+      file.read(0, bytes);
+    }
+  });
+}
+
+std::vector<std::filesystem::path> ZarrArray::missing_chunks(std::size_t most) const {
+  std::vector<std::filesystem::path> missing;
+  if (metadata_.zeros || metadata_.shape.size() > 2) return missing;
+  const auto [rows, columns] = matrix_of(metadata_.shape);
+  const auto [chunk_rows, chunk_columns] = matrix_of(metadata_.chunks);
+  if (columns == 0) return missing;
+  std::error_code ignored;
+  for (index_t i = 0; i * chunk_rows < rows; ++i) {
+    for (index_t j = 0; j * chunk_columns < columns; ++j) {
+      if (missing.size() == most) return missing;
+      std::filesystem::path path = chunk_path(i, j);
+      if (!std::filesystem::exists(path, ignored)) missing.push_back(std::move(path));
+    }
   }
-  return true;
+  return missing;
 }
 
 void ZarrArray::read(bool transposed, int dim, index_t begin, index_t end, const Tensor& out) const {
@@ -286,17 +306,20 @@ void ZarrArray::read(bool transposed, int dim, index_t begin, index_t end, const
   } else if (!shape.empty()) {
     wanted = {0, rows, begin, end};
   }
-  std::vector<std::byte> bytes;
+  std::vector<std::byte> staged;
   for (index_t i = wanted.first_row / chunk_rows; i * chunk_rows < wanted.last_row; ++i) {
     for (index_t j = wanted.first_column / chunk_columns; j * chunk_columns < wanted.last_column; ++j) {
       const Block chunk = {i * chunk_rows, (i + 1) * chunk_rows, j * chunk_columns, (j + 1) * chunk_columns};
-      const Block part = overlap(chunk, wanted);
-      if (read_chunk(i, j, bytes)) {
-        gather(bytes, chunk, part, size_of(type));
-      } else {
-        bytes.assign(static_cast<std::size_t>(part.rows() * part.columns() * size_of(type)), std::byte{0});
+      const Block all = overlap(chunk, wanted);
+      const ChunkBytes bytes = read_chunk(i, j);
+      const index_t row_bytes = all.columns() * size_of(type);
+      const index_t together = std::max<index_t>(1, kStaged / row_bytes);
+      for (Block part = all; part.first_row < all.last_row; part.first_row = part.last_row) {
+        part.last_row = std::min(all.last_row, part.first_row + together);
+        if (bytes == nullptr) staged.assign(static_cast<std::size_t>(part.rows() * row_bytes), std::byte{0});
+        place(type, bytes == nullptr ? staged.data() : rows_of(*bytes, chunk, part, size_of(type), staged),
+              part, wanted, transposed, out);
       }
-      place(type, bytes.data(), part, wanted, transposed, out);
     }
   }
 }

@@ -5,12 +5,14 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
 #include "trainer/checkpoint/byte_source.h"
+#include "trainer/checkpoint/chunk_cache.h"
 #include "trainer/checkpoint/tensor_file.h"
 
 namespace regroup {
@@ -38,31 +40,41 @@ void decompress(const ByteSource& source, std::span<std::byte> bytes, std::strin
 // One array of up to two dimensions, in the file's own order. Opens chunk files only while it reads them.
 class ZarrArray {
  public:
-  ZarrArray(std::filesystem::path directory, ZarrMetadata metadata)
-      : directory_(std::move(directory)), metadata_(std::move(metadata)) {}
+  // `cache`: where its chunks are kept, shared with the other arrays of its checkpoint. It makes the array
+  // one for a single thread.
+  ZarrArray(std::filesystem::path directory, ZarrMetadata metadata,
+            std::shared_ptr<ChunkCache> cache = std::make_shared<ChunkCache>())
+      : directory_(std::move(directory)), metadata_(std::move(metadata)), cache_(std::move(cache)) {}
 
   const ZarrMetadata& metadata() const { return metadata_; }
-  // As TensorFile::read() of the matrix, or of its transpose. Memory: a chunk.
+  // As TensorFile::read() of the matrix, or of its transpose. Memory: the cache's (256 MiB at most, or one
+  // chunk where that is larger) and 4 MiB.
   void read(bool transposed, int dim, index_t begin, index_t end, const Tensor& out) const;
-  // The bytes of the chunk (i, j) (of a vector (0, j)); false where it is not there, which means zeros.
+  // The bytes of the chunk (i, j) (of a vector (0, j)); null where it is not there, which means zeros.
   // UserError naming its file.
-  bool read_chunk(index_t i, index_t j, std::vector<std::byte>& bytes) const;
+  ChunkBytes read_chunk(index_t i, index_t j) const;
+  // The chunk files that must be there and are not, at most `most` of them. Time: of those that are there.
+  std::vector<std::filesystem::path> missing_chunks(std::size_t most) const;
 
  private:
   std::filesystem::path chunk_path(index_t i, index_t j) const;
 
   std::filesystem::path directory_;
   ZarrMetadata metadata_;
+  std::shared_ptr<ChunkCache> cache_;
 };
 
-// Gives rows [begin, end) of a matrix, or elements of a vector, as float32.
-using ReadRows = std::function<void(index_t begin, index_t end, float* rows)>;
+// Fills `out`, dense float32, with [begin, end) of dimension `dim` of a matrix or a vector.
+using ReadSlice = std::function<void(int dim, index_t begin, index_t end, const Tensor& out)>;
 
-// Writes an array with its .zarray as float32: metadata.shape and .chunks are the file's, `read` gives rows
-// of the array or, where `transposed`, of its transpose. Memory: a chunk, and 4 MiB of rows (one at least).
-// UserError where the disk refuses.
-void write_zarr(const std::filesystem::path& directory, const ZarrMetadata& metadata, bool transposed,
-                const ReadRows& read);
+// How many chunks an array of one or two dimensions is written in.
+index_t chunk_count(const ZarrMetadata& metadata);
+// Writes one of them as float32 into `directory`, which is there, and returns its file, which nothing has
+// flushed to the disk. `number` counts along the rows of chunks; metadata.shape and .chunks are the file's;
+// `read` gives slices of the array or, where `transposed`, of its transpose. Where chunks are cut along one
+// dimension only, every element is asked for once. Memory: two chunks. UserError where the disk refuses.
+std::filesystem::path write_zarr_chunk(const std::filesystem::path& directory, const ZarrMetadata& metadata,
+                                       bool transposed, index_t number, const ReadSlice& read);
 
 // Tensors that are zarr arrays.
 class ZarrFile final : public TensorFile {

@@ -40,16 +40,19 @@ std::map<std::string, std::string> small_files(const std::filesystem::path& comp
   return texts;
 }
 
-// The rows of the checkpoint's tensors, or of those of its expanded model. `reader` outlives it.
-ReadTensorRows rows_of(const CheckpointReader& reader, const ModelConfig& config, bool expand) {
+using ReadTensorSlice =
+    std::function<void(const std::string& name, int dim, index_t begin, index_t end, const Tensor& out)>;
+
+// Slices of the checkpoint's tensors, or of those of its expanded model. `reader` outlives it.
+ReadTensorSlice slices_of(const CheckpointReader& reader, const ModelConfig& config, bool expand) {
   if (expand) {
-    return [expanding = ExpandedReader(reader, config)](const std::string& name, index_t begin, index_t end,
-                                                        const Tensor& out) {
-      expanding.read_rows(name, begin, end, out);
+    return [expanding = ExpandedReader(reader, config)](const std::string& name, int dim, index_t begin,
+                                                        index_t end, const Tensor& out) {
+      expanding.read(name, dim, begin, end, out);
     };
   }
-  return [&reader](const std::string& name, index_t begin, index_t end, const Tensor& out) {
-    reader.read(name, 0, begin, end, out);
+  return [&reader](const std::string& name, int dim, index_t begin, index_t end, const Tensor& out) {
+    reader.read(name, dim, begin, end, out);
   };
 }
 
@@ -58,8 +61,11 @@ void write_hugging_face(const ProcessGroup& world, const CheckpointSource& sourc
   const ModelConfig config = expand ? expanded(source.config) : source.config;
   std::optional<CheckpointReader> reader;
   world.run_together([&] { reader.emplace(source.directory); });
+  const ReadTensorSlice slices = slices_of(*reader, source.config, expand);
   write_streamed(world, folder, "model", exported_tensors(config, type),
-                 rows_of(*reader, source.config, expand));
+                 [&](const std::string& name, index_t begin, index_t end, const Tensor& out) {
+                   slices(name, 0, begin, end, out);
+                 });
   world.run_on(0, [&] {
     auto texts = small_files(source.companions);
     texts.merge(expand ? stock_model_files(config, type) : compact_model_files(config, type));
@@ -83,26 +89,32 @@ void write_t5x(const ProcessGroup& world, const CheckpointSource& source, bool e
     for (const StoredTensor* slot : moments->tensors()) tensors.push_back({slot->name, slot->shape});
   });
   world.run_on(0, [&] { regroup::create_directories(target); });
-  const T5xWriter writer(target, tensors);
-  const ReadTensorRows parameters = rows_of(*model, source.config, expand);
+  T5xWriter writer(target, tensors);
+  const ReadTensorSlice parameters = slices_of(*model, source.config, expand);
   world.run_together([&] {
+    const auto ranks = static_cast<std::size_t>(world.size());
+    const auto me = static_cast<std::size_t>(world.rank());
+    std::size_t number = 0;  // of the next chunk, counted through all tensors
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      if (i % static_cast<std::size_t>(world.size()) != static_cast<std::size_t>(world.rank())) continue;
-      world.heartbeat().beat("exporting tensors");
-      writer.write(i, [&](index_t begin, index_t end, float* rows) {
-        std::vector<index_t> shape = tensors[i].shape;
-        shape[0] = end - begin;
-        const Tensor out(rows, DType::kFloat32, shape);
-        if (model->find(tensors[i].name) == nullptr) {
-          moments->read(tensors[i].name, 0, begin, end, out);
+      const std::string& name = tensors[i].name;
+      const auto read = [&](int dim, index_t begin, index_t end, const Tensor& out) {
+        if (model->find(name) == nullptr) {
+          moments->read(name, dim, begin, end, out);
         } else {
-          parameters(tensors[i].name, begin, end, out);
+          parameters(name, dim, begin, end, out);
         }
-        if (!all_finite(rows, out.numel())) {
-          throw UserError("tensor '{}' holds values that are not finite", tensors[i].name);
+        if (!all_finite(out.as<float>(), out.numel())) {
+          throw UserError("tensor '{}' holds values that are not finite", name);
         }
-      });
+      };
+      for (index_t chunk = 0; chunk < writer.chunks(i); ++chunk) {
+        if (number++ % ranks != me) continue;
+        world.heartbeat().beat("exporting tensors");
+        writer.write(i, chunk, read);
+      }
     }
+    world.heartbeat().beat("flushing what was exported");
+    writer.sync();
   });
   world.run_on(0, [&] {
     writer.write_index(step);

@@ -40,15 +40,15 @@ CheckpointSource t5x_source(const ProcessGroup& world, const std::filesystem::pa
   CheckpointSource source{.directory = in_directory ? index.parent_path() : index};
   world.run_together([&] {
     source.companions = companions_of(index);
-    const CheckpointReader reader(source.directory);
+    const T5xCheckpoint checkpoint(index);
+    const CheckpointReader reader(source.directory, checkpoint.parameters());
     const std::filesystem::path config = source.companions / "config.json";
     source.config = std::filesystem::exists(config)
                         ? model_config_from_json(read_text(config, 1 << 20), config.string())
                         : config_of_shapes(reader.tensors(), index.string());
     reader.require(parameter_table(source.config));
-    const T5xCheckpoint checkpoint(index);
     source.step = checkpoint.step();
-    if (!checkpoint.moments().empty()) source.optimizer = "adafactor";
+    if (checkpoint.has_moments()) source.optimizer = "adafactor";
   });
   return source;
 }

@@ -217,14 +217,19 @@ TEST_F(IndexedCheckpoint, IsCheckedAgainstItsFiles) {
   const std::string b = R"("b":"model-2.safetensors")";
   const auto map = [](const std::string& entries) { return "{\"weight_map\":{" + entries + "}}"; };
   EXPECT_THAT(opened("{"), HasSubstr("not valid JSON"));
-  EXPECT_THAT(opened(std::string(100000, '[')), HasSubstr("not valid JSON"));
+  const std::string deep(1'000'000, '[');
+  EXPECT_THAT(opened(deep), HasSubstr("nested deeper than 32"));
+  EXPECT_THAT(opened("{\"weight_map\":" + deep + std::string(deep.size(), ']') + "}"),
+              HasSubstr("nested deeper than 32"));
+  EXPECT_THAT(opened(std::string((16 << 20) + 1, ' ')), HasSubstr("model.safetensors.index.json"));
   EXPECT_THAT(opened("[]"), HasSubstr("weight_map"));
   EXPECT_THAT(opened("{}"), HasSubstr("weight_map"));
   EXPECT_THAT(opened(map("")), HasSubstr("weight_map"));
   EXPECT_THAT(opened(map(a + R"(,"b":2)")), HasSubstr("'b'"));
   EXPECT_THAT(opened(map(a + "," + a)), HasSubstr("twice"));
-  EXPECT_THAT(opened(map(a + "," + b + R"(,"c":"model-3.safetensors")")),
-              HasSubstr("model-3.safetensors that it names"));
+  EXPECT_THAT(
+      opened(map(a + "," + b + R"(,"c":"model-3.safetensors","d":"model-4.safetensors")")),
+      HasSubstr("2 of the 4 files that it names are missing: model-3.safetensors, model-4.safetensors"));
   EXPECT_THAT(opened(map(a + R"(,"b":"../model-2.safetensors")")), HasSubstr("same directory"));
   EXPECT_THAT(opened(map(a + R"(,"b":"/etc/passwd")")), HasSubstr("same directory"));
   EXPECT_THAT(opened(map(a + R"(,"b":"x\u0000.safetensors")")), HasSubstr("same directory"));

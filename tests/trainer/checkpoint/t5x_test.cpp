@@ -138,6 +138,12 @@ std::string opened(const TemporaryDirectory& directory, const json& leaf, int ve
   return refusal([&] { CheckpointReader reader(directory / "checkpoint"); });
 }
 
+// Two numbers in one chunk.
+void write_array(const TemporaryDirectory& directory, const std::string& name) {
+  std::filesystem::create_directories(directory / name);
+  write_text(directory / name / "0", test::bytes_of(std::vector<float>{1, 2}));
+}
+
 json described(const std::string& path) {
   return {{"driver", "zarr"},
           {"dtype", "float32"},
@@ -147,7 +153,7 @@ json described(const std::string& path) {
 
 TEST(T5xCheckpoint, RefusesHostileDescriptions) {
   const TemporaryDirectory directory;
-  std::filesystem::create_directories(directory / "target.a.b");
+  write_array(directory, "target.a.b");
   EXPECT_EQ(opened(directory, described("target.a.b/")), "accepted");
   json old = described("");
   old["kvstore"].erase("path");
@@ -159,7 +165,7 @@ TEST(T5xCheckpoint, RefusesHostileDescriptions) {
                 AllOf(HasSubstr("'a/b'"), HasSubstr("the name of a directory")));
   }
   EXPECT_THAT(opened(directory, described(std::string("a\0b", 3))), HasSubstr("the name of a directory"));
-  EXPECT_THAT(opened(directory, described("gone")), AllOf(HasSubstr("'a/b'"), HasSubstr("gone is missing")));
+  EXPECT_THAT(opened(directory, described("gone")), HasSubstr("copy them there: gone/"));
   json bad = described("target.a.b");
   bad["driver"] = "n5";
   EXPECT_THAT(opened(directory, bad), HasSubstr("only zarr"));
@@ -180,6 +186,43 @@ TEST(T5xCheckpoint, RefusesHostileDescriptions) {
               HasSubstr("no T5X checkpoint"));
 }
 
+TEST(T5xCheckpoint, ListsEverythingThatIsMissing) {
+  const TemporaryDirectory directory;
+  write_array(directory, "here");
+  std::filesystem::create_directories(directory / "cut");
+  json cut = described("cut"), zeros = described("zeros");
+  cut["metadata"]["shape"] = {5};
+  write_text(directory / "cut" / "1", test::bytes_of(std::vector<float>{1, 2}));
+  std::filesystem::create_directories(directory / "zeros");
+  zeros["metadata"]["fill_value"] = 0;
+  const json target = {{"a", described("here")},
+                       {"b", described("gone")},
+                       {"c", cut},
+                       {"d", zeros},
+                       {"e", described("gone too")}};
+  const auto bytes = json::to_msgpack({{"optimizer", {{"target", target}}}});
+  write_text(directory / "checkpoint", {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  EXPECT_THAT(refusal([&] { CheckpointReader reader(directory / "checkpoint"); }),
+              testing::EndsWith("4 parts of its arrays are missing beside it, copy them there: gone/, cut/0, "
+                                "cut/2, gone too/"));
+  // However many it claims to have.
+  cut["metadata"]["shape"] = {index_t{1} << 60};
+  EXPECT_THAT(opened(directory, cut), AllOf(HasSubstr("at least 65536 parts"), HasSubstr("cut/65536")));
+}
+
+// What is there is told by the index; what is missing of it, by whoever reads it.
+TEST(T5xCheckpoint, ExistsByItsIndexAlone) {
+  const TemporaryDirectory directory;
+  const auto text = read_text(kImports / "t5x_zarr" / "checkpoint_1000" / "checkpoint");
+  write_text(directory / "checkpoint", text);
+  EXPECT_TRUE(CheckpointReader::exists(directory.path()));
+  EXPECT_TRUE(CheckpointReader::exists(directory.path(), "optimizer"));
+  EXPECT_FALSE(CheckpointReader::exists(directory.path(), "other"));
+  for (const char* stem : {"model", "optimizer"}) {
+    EXPECT_THAT(refusal([&] { CheckpointReader reader(directory.path(), stem); }), HasSubstr("missing"));
+  }
+}
+
 TEST(T5xCheckpoint, BelievesTheArraysOwnDescription) {
   const TemporaryDirectory directory;
   std::filesystem::create_directories(directory / "target.a.b");
@@ -195,6 +238,13 @@ TEST(T5xCheckpoint, BelievesTheArraysOwnDescription) {
   EXPECT_THAT(opened(directory, described("target.a.b")), HasSubstr("its shape is not the one"));
   write_text(directory / "target.a.b" / ".zarray", "{");
   EXPECT_THAT(opened(directory, described("target.a.b")), HasSubstr("not a JSON object"));
+  const std::string deep(500'000, '[');
+  for (const char* field : {"shape", "dtype", "other"}) {
+    write_text(directory / "target.a.b" / ".zarray",
+               fmt::format("{{\"{}\":{}{}}}", field, deep, std::string(deep.size(), ']')));
+    EXPECT_THAT(opened(directory, described("target.a.b")),
+                AllOf(HasSubstr(".zarray"), HasSubstr("nested deeper than 32")));
+  }
 }
 
 // Before version 3 bfloat16 was stored as uint16.
@@ -211,9 +261,45 @@ TEST(T5xCheckpoint, ReadsBfloat16OfVersion2) {
   EXPECT_EQ(CheckpointReader(directory / "checkpoint").find("a/b")->type, StoredType::kU16);
 }
 
+// Only an integer says how long it was trained.
+TEST(T5xCheckpoint, AStepIsAnIntegerScalar) {
+  const TemporaryDirectory directory;
+  const auto step_of = [&](const json& step) {
+    const json root = {{"optimizer", {{"target", json::object()}, {"state", {{"step", step}}}}}};
+    const auto bytes = json::to_msgpack(root);
+    write_text(directory / "checkpoint", {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+    return T5xCheckpoint(directory / "checkpoint").step();
+  };
+  const auto array = [](const std::vector<index_t>& shape, const char* type,
+                        std::vector<std::uint8_t> bytes) {
+    return json::binary(json::to_msgpack(json::array({shape, type, json::binary(std::move(bytes))})), 1);
+  };
+  EXPECT_EQ(step_of(7), 7);
+  EXPECT_EQ(step_of(-7), std::nullopt);
+  EXPECT_EQ(step_of("7"), std::nullopt);
+  EXPECT_EQ(step_of(array({}, "int32", {7, 1, 0, 0})), 263);
+  EXPECT_EQ(step_of(array({}, "int64", {7, 0, 0, 0, 0, 0, 0, 0})), 7);
+  EXPECT_EQ(step_of(array({}, "float32", {0, 0, 128, 63})), std::nullopt);
+  EXPECT_EQ(step_of(array({}, "datetime64", {7, 0, 0, 0})), std::nullopt);
+  EXPECT_EQ(step_of(array({2}, "int32", {7, 0, 0, 0, 8, 0, 0, 0})), std::nullopt);
+  json zarr = described("step");
+  zarr["metadata"] = {{"chunks", json::array()}, {"compressor", nullptr}, {"shape", json::array()}};
+  zarr["dtype"] = "int32";
+  std::filesystem::create_directories(directory / "step");
+  EXPECT_EQ(step_of(zarr), 0);  // not there: zero
+  write_text(directory / "step" / "0", test::bytes_of(std::vector<std::int32_t>{9}));
+  EXPECT_EQ(step_of(zarr), 9);
+  zarr["dtype"] = "float32";
+  EXPECT_EQ(step_of(zarr), std::nullopt);
+  // Where it has a shape its chunks, which may be of 4 GiB, are not read.
+  zarr["dtype"] = "int32";
+  zarr["metadata"] = {{"chunks", {1 << 29}}, {"compressor", nullptr}, {"shape", {1 << 29}}};
+  EXPECT_EQ(step_of(zarr), std::nullopt);
+}
+
 TEST(T5xCheckpoint, UnknownParametersAreListed) {
   const TemporaryDirectory directory;
-  std::filesystem::create_directories(directory / "target.a.b");
+  write_array(directory, "target.a.b");
   ASSERT_EQ(opened(directory, described("target.a.b")), "accepted");
   const CheckpointReader reader(directory / "checkpoint");
   EXPECT_THAT(refusal([&] { reader.require(parameter_table(fixture_config())); }),

@@ -1,3 +1,5 @@
+#include <set>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -48,19 +50,30 @@ float value_of(const std::string& name, index_t i) {
       Philox(5, RandomPurpose::kTest, key_of(name)).normal(static_cast<std::uint64_t>(i)));
 }
 
-ReadRows rows_of(const T5xTensor& tensor) {
-  return [&tensor](index_t begin, index_t end, float* rows) {
-    const index_t width = tensor.shape.size() == 2 ? tensor.shape[1] : 1;
-    for (index_t i = begin * width; i < end * width; ++i) *rows++ = value_of(tensor.name, i);
+ReadSlice slices_of(const T5xTensor& tensor) {
+  return [&tensor](int dim, index_t begin, index_t /*end*/, const Tensor& out) {
+    const bool matrix = tensor.shape.size() == 2;
+    const index_t width = matrix ? tensor.shape[1] : 1, out_width = matrix ? out.shape[1] : 1;
+    for (index_t i = 0; i < out.numel(); ++i) {
+      const index_t row = i / out_width + (dim == 0 ? begin : 0);
+      const index_t column = i % out_width + (dim == 1 ? begin : 0);
+      out.as<float>()[i] = value_of(tensor.name, row * width + column);
+    }
   };
+}
+
+void write_all(T5xWriter& writer, std::size_t i, const T5xTensor& tensor) {
+  for (index_t chunk = 0; chunk < writer.chunks(i); ++chunk) writer.write(i, chunk, slices_of(tensor));
 }
 
 TEST(T5xWriter, WhatIsWrittenIsRead) {
   const TemporaryDirectory run;
   const auto directory = run / "checkpoint_1234567";
   const std::vector<T5xTensor> tensors = tensors_of(small());
-  const T5xWriter one(directory, tensors), other(directory, tensors);  // two processes
-  for (std::size_t i = 0; i < tensors.size(); ++i) (i % 2 == 0 ? one : other).write(i, rows_of(tensors[i]));
+  T5xWriter one(directory, tensors), other(directory, tensors);  // two processes
+  for (std::size_t i = 0; i < tensors.size(); ++i) write_all(i % 2 == 0 ? one : other, i, tensors[i]);
+  one.sync();
+  other.sync();
   EXPECT_FALSE(t5x_index(directory));
   one.write_index(1234567);
   const CheckpointReader model(run.path()), optimizer(directory, "optimizer");
@@ -78,11 +91,43 @@ TEST(T5xWriter, WhatIsWrittenIsRead) {
   EXPECT_EQ(T5xCheckpoint(directory / "checkpoint").step(), 1234567);
 }
 
+// A large matrix is several processes' work; each chunk is written as it will stay, without a file aside.
+TEST(T5xWriter, ProcessesShareTheChunksOfATensor) {
+  const TemporaryDirectory directory;
+  const T5xTensor wo = {"encoder.block.0.layer.1.DenseReluDense.wo.weight", {2050, 9000}};
+  T5xWriter one(directory.path(), {wo}), other(directory.path(), {wo});
+  ASSERT_EQ(one.chunks(0), 2);  // of 4500 of the file's rows, which are the tensor's columns
+  index_t elements = 0;
+  const ReadSlice read = [&](int dim, index_t begin, index_t /*end*/, const Tensor& out) {
+    elements += out.numel();
+    for (index_t i = 0; i < out.numel(); ++i) {
+      const index_t row = i / out.shape[1] + (dim == 0 ? begin : 0);
+      out.as<float>()[i] = static_cast<float>(row + (i % out.shape[1] + (dim == 1 ? begin : 0)) % 100);
+    }
+  };
+  other.write(0, 1, read);
+  one.write(0, 0, read);
+  EXPECT_EQ(elements, 2050 * 9000);
+  std::set<std::string> names;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(directory / "target.encoder.layers_0.mlp.wo.kernel")) {
+    names.insert(entry.path().filename().string());
+  }
+  EXPECT_EQ(names, (std::set<std::string>{".zarray", "0.0", "1.0"}));
+  one.write_index(1);
+  std::vector<float> found(9000);
+  CheckpointReader(directory.path())
+      .read(wo.name, 0, 2049, 2050, Tensor(found.data(), DType::kFloat32, {1, 9000}));
+  for (index_t i = 0; i < 9000; ++i) {
+    ASSERT_EQ(found[static_cast<std::size_t>(i)], static_cast<float>(2049 + i % 100));
+  }
+}
+
 // The names of the directories say which slot is which.
 TEST(T5xWriter, PlacesSlotsWhereT5xHasThem) {
   const TemporaryDirectory directory;
   const std::vector<T5xTensor> tensors = tensors_of(small());
-  const T5xWriter writer(directory.path(), tensors);
+  T5xWriter writer(directory.path(), tensors);
   const std::map<std::string, std::string> places = {
       {"shared.weight.second_moment_row", "token_embedder.embedding.v_col"},
       {"shared.weight.second_moment_column", "token_embedder.embedding.v_row"},
@@ -94,7 +139,7 @@ TEST(T5xWriter, PlacesSlotsWhereT5xHasThem) {
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const auto place = places.find(tensors[i].name);
     if (place == places.end()) continue;
-    writer.write(i, rows_of(tensors[i]));
+    write_all(writer, i, tensors[i]);
     EXPECT_TRUE(std::filesystem::exists(directory / ("state.param_states." + place->second) / ".zarray"))
         << place->second;
   }

@@ -1,6 +1,6 @@
 #include "trainer/checkpoint/zarr.h"
 
-#include <numeric>
+#include <set>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -144,6 +144,53 @@ TEST(Zarr, OpensOnlyTheChunksOfTheSlice) {
               HasSubstr("0.0"));
 }
 
+// A head of a matrix that is stored as its transpose is a few columns of every chunk.
+TEST(Zarr, AChunkIsInflatedOnceForAllItsHeads) {
+  const TemporaryDirectory directory;
+  const ZarrMetadata metadata = {.shape = {12, 16}, .chunks = {12, 16}, .compressed = true};
+  std::filesystem::create_directories(directory / "q");
+  std::filesystem::create_directories(directory / "k");
+  write_chunks<float>(directory / "q", metadata, 31);
+  write_chunks<float>(directory / "k", metadata, 31);
+  const auto cache = std::make_shared<ChunkCache>();
+  const ZarrArray q(directory / "q", metadata, cache), k(directory / "k", metadata, cache);
+  std::vector<float> found(24);
+  for (index_t head = 0; head < 8; ++head) {
+    for (const ZarrArray* array : {&q, &k}) {
+      array->read(true, 0, 2 * head, 2 * head + 2, Tensor(found.data(), DType::kFloat32, {2, 12}));
+      EXPECT_EQ(found[13], value_at(1, 2 * head + 1));
+    }
+  }
+  EXPECT_EQ(cache->loads(), 2U);
+}
+
+TEST(ChunkCache, KeepsTheLastUsedWithinItsBudget) {
+  ChunkCache cache(10000);
+  const auto get = [&cache](const std::string& key, std::uint64_t size) {
+    const ChunkBytes bytes =
+        cache.get(key, size, [&](std::vector<std::byte>& all) { all.front() = std::byte(key.front()); });
+    EXPECT_EQ(bytes->size(), size);
+    EXPECT_EQ(bytes->front(), std::byte(key.front()));
+    EXPECT_LE(cache.bytes(), 10000U);
+    return cache.loads();
+  };
+  EXPECT_EQ(get("a", 4000), 1U);
+  EXPECT_EQ(get("b", 4000), 2U);
+  EXPECT_EQ(get("a", 4000), 2U);
+  EXPECT_EQ(get("c", 4000), 3U);  // in b's place
+  EXPECT_EQ(get("a", 4000), 3U);
+  EXPECT_EQ(get("b", 4000), 4U);
+  EXPECT_EQ(get("d", 10000), 5U);  // larger than the budget: used, not kept
+  EXPECT_EQ(cache.bytes(), 0U);
+  EXPECT_EQ(get("d", 10000), 6U);
+  for (int i = 0; i < 1000; ++i) get(fmt::format("small {}", i), 1);  // bounded in number too
+  // What could not be read is not kept.
+  const auto failing = [](std::vector<std::byte>&) { throw UserError("no"); };
+  EXPECT_EQ(refusal([&] { cache.get("e", 100, failing); }), "no");
+  const std::uint64_t before = cache.loads();
+  EXPECT_EQ(get("e", 100), before + 1);
+}
+
 TEST(Zarr, AMissingChunkIsZerosOnlyWhereThatIsSaid) {
   const TemporaryDirectory directory;
   ZarrMetadata metadata = {.shape = {2, 2}, .chunks = {1, 2}, .compressed = true, .zeros = true};
@@ -243,6 +290,18 @@ TEST(Zarr, RefusesMetadataInOneClearLine) {
   EXPECT_THAT(refusal([] { zarr_metadata(json::array(), "a"); }), HasSubstr("not a JSON object"));
 }
 
+// However deep a value is, neither its check nor the message recurses into it.
+TEST(Zarr, DeepMetadataIsRefusedWithoutRecursion) {
+  for (const char* field : {"zarr_format", "shape", "chunks", "dtype", "compressor", "filters", "order",
+                            "fill_value", "dimension_separator"}) {
+    json deep = 1;
+    for (int i = 0; i < 200'000; ++i) deep = json::array({std::move(deep)});
+    json fields = good_fields();
+    fields[field] = std::move(deep);
+    EXPECT_THAT(refusal([&] { zarr_metadata(fields, "a"); }), HasSubstr(field));
+  }
+}
+
 TEST(Zarr, ChunksAreCutAsT5xDoes) {
   // By hand after the rule: the longest dimension to its next smaller divisor, until it fits.
   constexpr index_t kElements = index_t{1} << 24;
@@ -255,42 +314,60 @@ TEST(Zarr, ChunksAreCutAsT5xDoes) {
   EXPECT_EQ(t5x_chunks({3, 5}, 1), (std::vector<index_t>{1, 1}));
 }
 
-TEST(Zarr, WhatIsWrittenIsRead) {
+// What is asked for of a matrix of value_at(), which is counted.
+ReadSlice values_of(index_t columns, bool transposed, index_t& elements) {
+  return [=, &elements](int dim, index_t begin, index_t /*end*/, const Tensor& out) {
+    elements += out.numel();
+    for (index_t k = 0; k < out.numel(); ++k) {
+      const index_t row = k / out.shape[1] + (dim == 0 ? begin : 0);
+      const index_t column = k % out.shape[1] + (dim == 1 ? begin : 0);
+      EXPECT_LT(column, columns);
+      out.as<float>()[k] = transposed ? value_at(column, row) : value_at(row, column);
+    }
+  };
+}
+
+TEST(Zarr, WhatIsWrittenIsReadAndAskedForOnce) {
   for (const bool transposed : {false, true}) {
-    for (const auto& chunks : {std::vector<index_t>{7, 5}, {1, 5}, {7, 1}, {3, 2}}) {
+    for (const auto& chunks : {std::vector<index_t>{7, 5}, {1, 5}, {3, 5}, {7, 1}, {7, 4}, {3, 2}}) {
       const TemporaryDirectory directory;
       const ZarrMetadata metadata = {.shape = {7, 5}, .chunks = chunks, .compressed = true};
-      write_zarr(directory / "a", metadata, transposed, [&](index_t begin, index_t end, float* rows) {
-        for (index_t row = begin; row < end; ++row) {
-          for (index_t column = 0; column < (transposed ? 7 : 5); ++column) {
-            *rows++ = transposed ? value_at(column, row) : value_at(row, column);
-          }
-        }
-      });
-      const json fields = json::parse(read_text(directory / "a" / ".zarray"));
-      EXPECT_EQ(zarr_metadata(fields, "x"), metadata);
-      expect_every_slice(ZarrArray(directory / "a", metadata));
+      index_t elements = 0;
+      std::set<std::filesystem::path> files;
+      for (index_t i = 0; i < chunk_count(metadata); ++i) {
+        files.insert(write_zarr_chunk(directory.path(), metadata, transposed, i,
+                                      values_of(transposed ? 7 : 5, transposed, elements)));
+      }
+      EXPECT_EQ(static_cast<index_t>(files.size()), chunk_count(metadata));
+      EXPECT_EQ(zarr_metadata(json::parse(to_json(metadata)), "x"), metadata);
+      expect_every_slice(ZarrArray(directory.path(), metadata));
+      if (chunks[0] == 7 || chunks[1] == 5) {  // cut along one dimension
+        EXPECT_EQ(elements, 35);
+      }
     }
   }
 }
 
-// More than is read at a time.
-TEST(Zarr, LargeArraysAreWrittenPieceByPiece) {
+// Cut along both dimensions, slices go beyond the chunk: they are asked for a few at a time.
+TEST(Zarr, ChunksAreWrittenInTheMemoryOfTwo) {
   const TemporaryDirectory directory;
-  constexpr index_t kRows = 1500, kColumns = 1100;
-  const ZarrMetadata metadata = {.shape = {kColumns, kRows}, .chunks = {550, 1500}, .compressed = true};
-  index_t most = 0;
-  write_zarr(directory / "a", metadata, true, [&](index_t begin, index_t end, float* rows) {
-    most = std::max(most, end - begin);
-    for (index_t i = begin * kColumns; i < end * kColumns; ++i) *rows++ = static_cast<float>(i);
-  });
-  EXPECT_LT(most, kRows);
-  std::vector<float> found(kRows * kColumns);
-  ZarrArray(directory / "a", metadata)
-      .read(true, 0, 0, kRows, Tensor(found.data(), DType::kFloat32, {kRows, kColumns}));
-  std::vector<float> expected(found.size());
-  std::iota(expected.begin(), expected.end(), 0.0F);
-  EXPECT_EQ(found, expected);
+  const ZarrMetadata metadata = {.shape = {1000, 1100}, .chunks = {100, 110}, .compressed = true};
+  for (const bool transposed : {false, true}) {
+    index_t elements = 0, most = 0;
+    const ReadSlice values = values_of(transposed ? 1000 : 1100, transposed, elements);
+    write_zarr_chunk(directory.path(), metadata, transposed, 13,
+                     [&](int dim, index_t begin, index_t end, const Tensor& out) {
+                       most = std::max(most, out.numel());
+                       values(dim, begin, end, out);
+                     });
+    EXPECT_LE(most, 100 * 110);
+    const ChunkBytes chunk = ZarrArray(directory.path(), metadata).read_chunk(1, 3);
+    std::vector<float> found(100 * 110);
+    std::memcpy(found.data(), chunk->data(), chunk->size());
+    for (index_t i = 0; i < std::ssize(found); ++i) {
+      ASSERT_EQ(found[static_cast<std::size_t>(i)], value_at(100 + i / 110, 330 + i % 110));
+    }
+  }
 }
 
 }  // namespace

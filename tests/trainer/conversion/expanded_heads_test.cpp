@@ -27,23 +27,28 @@ TEST(ExpandedHeads, EachQueryHeadHasItsGroupsKeyAndValue) {
     groups[site.prefix + "k.weight"] = groups[site.prefix + "v.weight"] = site.kv_groups;
   }
   for (const ParameterSpec& spec : parameter_table(multi_head)) {
-    const index_t row = spec.shape.size() == 2 ? spec.shape[1] : 1;
-    for (index_t begin = 0; begin < spec.shape[0]; begin += 7) {
-      const index_t end = std::min(spec.shape[0], begin + 7);
-      std::vector<index_t> shape = spec.shape;
-      shape[0] = end - begin;
-      std::vector<float> found(static_cast<std::size_t>(shape[0] * row), -1);
-      expanding.read_rows(spec.name, begin, end, Tensor(found.data(), DType::kFloat32, shape));
-      for (index_t i = 0; i < std::ssize(found); ++i) {
-        index_t source = begin + i / row;
-        if (groups.contains(spec.name)) {
-          const index_t head = source / config.d_kv;
-          const index_t group = head / (config.num_heads / groups[spec.name]);
-          source = group * config.d_kv + source % config.d_kv;
+    const index_t width = spec.shape.size() == 2 ? spec.shape[1] : 1;
+    for (std::size_t dim = 0; dim < spec.shape.size(); ++dim) {
+      for (index_t begin = 0; begin < spec.shape[dim]; begin += 7) {
+        const index_t end = std::min(spec.shape[dim], begin + 7);
+        std::vector<index_t> shape = spec.shape;
+        shape[dim] = end - begin;
+        const index_t out_width = shape.size() == 2 ? shape[1] : 1;
+        std::vector<float> found(static_cast<std::size_t>(shape[0] * out_width), -1);
+        expanding.read(spec.name, static_cast<int>(dim), begin, end,
+                       Tensor(found.data(), DType::kFloat32, shape));
+        for (index_t i = 0; i < std::ssize(found); ++i) {
+          index_t row = i / out_width + (dim == 0 ? begin : 0);
+          const index_t column = i % out_width + (dim == 1 ? begin : 0);
+          if (groups.contains(spec.name)) {
+            const index_t head = row / config.d_kv;
+            const index_t group = head / (config.num_heads / groups[spec.name]);
+            row = group * config.d_kv + row % config.d_kv;
+          }
+          ASSERT_EQ(found[static_cast<std::size_t>(i)],
+                    values.at(spec.name)[static_cast<std::size_t>(row * width + column)])
+              << spec.name << " " << dim;
         }
-        ASSERT_EQ(found[static_cast<std::size_t>(i)],
-                  values.at(spec.name)[static_cast<std::size_t>(source * row + i % row)])
-            << spec.name;
       }
     }
   }
