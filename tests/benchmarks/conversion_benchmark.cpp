@@ -16,9 +16,9 @@
 #include "kernels/base/random.h"
 #include "parallel/process_group.h"
 #include "tests/trainer/run/temporary_directory.h"
-#include "trainer/checkpoint/safetensors.h"
 #include "trainer/conversion/group_planner.h"
 #include "trainer/conversion/head_factors.h"
+#include "trainer/formats/safetensors.h"
 
 namespace regroup {
 namespace {

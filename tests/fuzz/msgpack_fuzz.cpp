@@ -6,7 +6,7 @@
 #include <string>
 
 #include "kernels/base/error.h"
-#include "trainer/checkpoint/msgpack.h"
+#include "trainer/formats/msgpack.h"
 
 namespace {
 

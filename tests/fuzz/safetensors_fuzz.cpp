@@ -5,7 +5,7 @@
 #include <span>
 
 #include "kernels/base/error.h"
-#include "trainer/checkpoint/safetensors.h"
+#include "trainer/formats/safetensors.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   try {

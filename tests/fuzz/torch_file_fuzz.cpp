@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 #include "kernels/base/error.h"
-#include "trainer/checkpoint/torch_file.h"
+#include "trainer/formats/torch_file.h"
 
 namespace {
 

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "kernels/base/error.h"
-#include "trainer/checkpoint/bounded_json.h"
-#include "trainer/checkpoint/zarr.h"
+#include "trainer/formats/bounded_json.h"
+#include "trainer/formats/zarr.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text(reinterpret_cast<const char*>(data), size);

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "parallel/mesh.h"
-#include "trainer/checkpoint/file_plan.h"
-#include "trainer/checkpoint/slice_runs.h"
+#include "trainer/formats/file_plan.h"
+#include "trainer/formats/slice_runs.h"
 
 namespace regroup {
 

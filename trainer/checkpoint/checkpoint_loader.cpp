@@ -6,9 +6,9 @@
 #include "kernels/base/error.h"
 #include "trainer/checkpoint/block_reader.h"
 #include "trainer/checkpoint/block_scatter.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/host_tensors.h"
 #include "trainer/checkpoint/step_directory.h"
+#include "trainer/formats/checkpoint_reader.h"
 
 namespace regroup {
 namespace {

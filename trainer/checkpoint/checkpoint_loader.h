@@ -9,7 +9,7 @@
 
 #include "kernels/backend.h"
 #include "parallel/mesh.h"
-#include "trainer/checkpoint/file_plan.h"
+#include "trainer/formats/file_plan.h"
 
 namespace regroup {
 

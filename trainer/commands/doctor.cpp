@@ -9,12 +9,12 @@
 
 #include "kernels/make_backend.h"
 #include "kernels/matmul_peak.h"
-#include "trainer/checkpoint/file_plan.h"
 #include "trainer/commands/commands.h"
 #include "trainer/commands/doctor_directory.h"
 #include "trainer/commands/doctor_findings.h"
 #include "trainer/commands/doctor_host.h"
 #include "trainer/exit_code.h"
+#include "trainer/formats/file_plan.h"
 #include "trainer/model/parameters.h"
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/model_options.h"

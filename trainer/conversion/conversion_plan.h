@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "parallel/process_group.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/head_merging.h"
 #include "trainer/conversion/second_moments.h"
+#include "trainer/formats/checkpoint_reader.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {

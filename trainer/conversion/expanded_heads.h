@@ -5,7 +5,7 @@
 #include <map>
 #include <string>
 
-#include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/formats/checkpoint_reader.h"
 #include "trainer/model/config.h"
 
 namespace regroup {

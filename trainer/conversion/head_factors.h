@@ -4,9 +4,9 @@
 #include <span>
 #include <string>
 
-#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/head_merging.h"
 #include "trainer/conversion/second_moments.h"
+#include "trainer/formats/checkpoint_reader.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "parallel/partition.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/conversion/conversion_plan.h"
+#include "trainer/formats/checkpoint_reader.h"
 #include "trainer/model/config.h"
 
 namespace regroup {

@@ -6,10 +6,10 @@
 #include <fmt/ranges.h>
 
 #include "kernels/base/file.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/host_tensors.h"
 #include "trainer/checkpoint/step_directory.h"
-#include "trainer/checkpoint/t5x.h"
+#include "trainer/formats/checkpoint_reader.h"
+#include "trainer/formats/t5x.h"
 #include "trainer/run/model_options.h"
 
 namespace regroup {

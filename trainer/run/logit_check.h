@@ -4,7 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "trainer/checkpoint/stored_tensor.h"
+#include "trainer/formats/stored_tensor.h"
 #include "trainer/run/checkpoint_source.h"
 #include "trainer/run/rank_device.h"
 

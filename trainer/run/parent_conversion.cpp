@@ -7,7 +7,7 @@
 
 #include "kernels/base/file.h"
 #include "trainer/checkpoint/step_directory.h"
-#include "trainer/checkpoint/t5x.h"
+#include "trainer/formats/t5x.h"
 #include "trainer/run/calibration.h"
 #include "trainer/run/evaluation.h"
 #include "trainer/run/model_options.h"

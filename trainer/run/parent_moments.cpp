@@ -4,9 +4,9 @@
 
 #include <fmt/ranges.h>
 
-#include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/host_tensors.h"
 #include "trainer/conversion/regroup.h"
+#include "trainer/formats/checkpoint_reader.h"
 
 namespace regroup {
 namespace {

@@ -10,8 +10,8 @@
 
 #include "kernels/base/random.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "tests/trainer/checkpoint/plain_file.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
+#include "tests/trainer/formats/plain_file.h"
 #include "trainer/checkpoint/checkpoint_writer.h"
 #include "trainer/model/parameters.h"
 

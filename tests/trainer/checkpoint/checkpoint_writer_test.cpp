@@ -12,9 +12,9 @@
 #include "kernels/base/file.h"
 #include "kernels/base/random.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "tests/trainer/checkpoint/plain_file.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
+#include "tests/trainer/formats/plain_file.h"
+#include "trainer/formats/checkpoint_reader.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {

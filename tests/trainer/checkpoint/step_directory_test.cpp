@@ -6,8 +6,8 @@
 #include <gtest/gtest.h>
 
 #include "kernels/base/file.h"
-#include "tests/trainer/checkpoint/plain_file.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
+#include "tests/trainer/formats/plain_file.h"
 
 namespace regroup {
 namespace {

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/formats/checkpoint_reader.h"
 
 namespace regroup::test {
 

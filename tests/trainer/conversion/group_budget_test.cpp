@@ -7,7 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/base/random.h"
-#include "tests/trainer/checkpoint/plain_file.h"
+#include "tests/trainer/formats/plain_file.h"
 
 namespace regroup {
 namespace {

@@ -8,8 +8,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "tests/trainer/checkpoint/plain_file.h"
 #include "tests/trainer/conversion/matrices.h"
+#include "tests/trainer/formats/plain_file.h"
 #include "tests/trainer/run/temporary_directory.h"
 
 namespace regroup {

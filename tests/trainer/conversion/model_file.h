@@ -12,8 +12,8 @@
 #include <gtest/gtest.h>
 
 #include "kernels/base/random.h"
-#include "tests/trainer/checkpoint/plain_file.h"
 #include "tests/trainer/conversion/matrices.h"
+#include "tests/trainer/formats/plain_file.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/model/parameters.h"
 

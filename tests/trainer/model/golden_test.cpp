@@ -8,7 +8,7 @@
 
 #include "kernels/base/file.h"
 #include "tests/support/devices.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
+#include "trainer/formats/checkpoint_reader.h"
 #include "trainer/run/model_runner.h"
 
 namespace regroup {

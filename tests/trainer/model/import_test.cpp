@@ -7,9 +7,9 @@
 
 #include "kernels/base/file.h"
 #include "tests/support/devices.h"
-#include "trainer/checkpoint/checkpoint_reader.h"
-#include "trainer/model/config.h"
 #include "trainer/checkpoint/host_tensors.h"
+#include "trainer/formats/checkpoint_reader.h"
+#include "trainer/model/config.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/model_runner.h"
 
