@@ -159,7 +159,9 @@ void T5xCheckpoint::flatten(const MsgpackValue& tree, const std::string& path, s
     leaves.push_back({path, &tree});
     return;
   }
-  for (const auto& [key, value] : tree.map) flatten(value, path.empty() ? key : path + "/" + key, leaves);
+  for (const auto& [key, value] : tree.map) {
+    flatten(value, path.empty() ? key : fmt::format("{}/{}", path, key), leaves);
+  }
 }
 
 std::vector<T5xCheckpoint::Leaf> T5xCheckpoint::leaves(std::span<const char* const> keys) const {

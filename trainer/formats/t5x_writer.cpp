@@ -130,9 +130,9 @@ void T5xWriter::write_index(index_t step) const {
   for (const Array& array : arrays_) {
     place(array.path) = description(directory_name(array.path), array.metadata);
   }
-  std::vector<std::uint8_t> bytes;
-  for (int i = 0; i < 4; ++i)
-    bytes.push_back(static_cast<std::uint8_t>(narrow<std::int32_t>(step) >> (8 * i)));
+  std::vector<std::uint8_t> bytes(4);
+  for (std::size_t i = 0; i < 4; ++i)
+    bytes[i] = static_cast<std::uint8_t>(narrow<std::int32_t>(step) >> (8 * i));
   optimizer["state"]["step"] = inline_array({}, "int32", bytes);
   const std::vector<std::uint8_t> text =
       json::to_msgpack({{"version", kVersion}, {"optimizer", std::move(optimizer)}});
