@@ -85,7 +85,9 @@ std::map<std::string, std::vector<index_t>> shapes_of(const Table& table) {
 
 }  // namespace
 
-CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std::string& stem) : path_(path) {
+CheckpointReader::CheckpointReader(const std::filesystem::path& path, const std::string& stem,
+                                   Caching caching)
+    : path_(path), caching_(caching) {
   if (const auto index = t5x_index(path)) {
     for (auto& file : open_t5x(*index, stem)) add(std::move(file));
     return;
@@ -136,11 +138,11 @@ std::unique_ptr<TensorFile> CheckpointReader::open_file(const std::filesystem::p
   InputFile file(path);
   if (is_torch_file(file)) {
     std::vector<StoredTensor> tensors = read_torch_tensors(file);
-    return std::make_unique<DenseFile>(std::move(file), std::move(tensors));
+    return std::make_unique<DenseFile>(std::move(file), std::move(tensors), caching_);
   }
   SafetensorsHeader header = read_safetensors_header(file);
   if (files_.empty()) metadata_ = std::move(header.metadata);
-  return std::make_unique<DenseFile>(std::move(file), std::move(header.tensors));
+  return std::make_unique<DenseFile>(std::move(file), std::move(header.tensors), caching_);
 }
 
 void CheckpointReader::add(std::unique_ptr<TensorFile> file) {

@@ -25,7 +25,9 @@ class CheckpointReader {
   // must exist, and must hold exactly what the index says); of a "model", where there are neither, PyTorch's
   // pytorch_model.bin, or pytorch_model.bin.index.json and its shards; or a T5X checkpoint (t5x.h), whose
   // "optimizer" are Adafactor's moments.
-  explicit CheckpointReader(const std::filesystem::path& path, const std::string& stem = "model");
+  // Caching::kPast: what of it is long and read once may go past the system's cache.
+  explicit CheckpointReader(const std::filesystem::path& path, const std::string& stem = "model",
+                            Caching caching = Caching::kThrough);
   // Of files that are open already; `path` is for messages.
   CheckpointReader(std::filesystem::path path, std::vector<std::unique_ptr<TensorFile>> files);
 
@@ -70,6 +72,7 @@ class CheckpointReader {
   void require_shapes(const std::map<std::string, std::vector<index_t>>& expected) const;
 
   std::filesystem::path path_;
+  Caching caching_;
   std::vector<std::unique_ptr<TensorFile>> files_;
   std::map<std::string, Location> locations_;
   Metadata metadata_;

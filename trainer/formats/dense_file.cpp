@@ -101,8 +101,20 @@ void convert_transposed(StoredType type, const std::byte* from, index_t rows, in
   }
 }
 
-DenseFile::DenseFile(InputFile file, std::vector<StoredTensor> tensors)
-    : file_(std::move(file)), tensors_(std::move(tensors)) {}
+DenseFile::DenseFile(InputFile file, std::vector<StoredTensor> tensors, Caching caching)
+    : file_(std::move(file)), tensors_(std::move(tensors)), caching_(caching) {}
+
+void DenseFile::read_long(std::uint64_t begin, std::uint64_t bytes, StoredType type,
+                          const Tensor& out) const {
+  if (direct_ == nullptr) direct_ = std::make_unique<DirectReader>(file_.path());
+  const index_t width = size_of(type);
+  index_t at = 0;
+  direct_->read(begin, bytes, static_cast<std::uint64_t>(width), [&](std::span<const std::byte> part) {
+    const index_t count = std::ssize(part) / width;
+    convert_into(type, part.data(), count, out, at);
+    at += count;
+  });
+}
 
 void DenseFile::read(std::size_t index, int dim, index_t begin, index_t end, const Tensor& out) const {
   const StoredTensor& stored = tensors_[index];
@@ -113,7 +125,9 @@ void DenseFile::read(std::size_t index, int dim, index_t begin, index_t end, con
   }
   const SliceRuns runs = stored.shape.empty() ? runs_of({1}, size_of(stored.type), 0, 0, 1)
                                               : runs_of(stored.shape, size_of(stored.type), dim, begin, end);
-  if (stored.type == stored_type(out.dtype)) {
+  if (caching_ == Caching::kPast && runs.count == 1 && runs.bytes >= DirectReader::kLong) {
+    read_long(stored.begin + runs.offset, runs.bytes, stored.type, out);
+  } else if (stored.type == stored_type(out.dtype)) {
     read_runs(file_, stored.begin, runs, static_cast<std::byte*>(out.data));
   } else {
     read_converted(file_, stored.begin, runs, stored.type, out);

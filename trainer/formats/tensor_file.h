@@ -7,6 +7,7 @@
 
 #include "kernels/base/file.h"
 #include "kernels/tensor.h"
+#include "trainer/formats/direct_reader.h"
 #include "trainer/formats/stored_tensor.h"
 
 namespace regroup {
@@ -31,15 +32,20 @@ class TensorFile {
 // archives.
 class DenseFile final : public TensorFile {
  public:
-  DenseFile(InputFile file, std::vector<StoredTensor> tensors);
+  // kPast: long slices are read past the system's cache.
+  DenseFile(InputFile file, std::vector<StoredTensor> tensors, Caching caching = Caching::kThrough);
 
   const std::filesystem::path& path() const override { return file_.path(); }
   const std::vector<StoredTensor>& tensors() const override { return tensors_; }
   void read(std::size_t index, int dim, index_t begin, index_t end, const Tensor& out) const override;
 
  private:
+  void read_long(std::uint64_t begin, std::uint64_t bytes, StoredType type, const Tensor& out) const;
+
   InputFile file_;
   std::vector<StoredTensor> tensors_;
+  Caching caching_;
+  mutable std::unique_ptr<DirectReader> direct_;  // from the first long slice on
 };
 
 // to[c, r] = from[r, c], `from` dense [rows, columns] of `type`, converted; row c of `to` begins at element

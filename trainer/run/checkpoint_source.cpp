@@ -136,7 +136,10 @@ void load_weights(const ProcessGroup& world, const CheckpointSource& source, Bac
                   ParameterStore& store, const ConversionPlan& plan) {
   std::string not_finite;  // names, a line each
   world.run_together([&] {
-    const CheckpointReader reader(source.directory);
+    // Where there are no replicas nobody reads a slice again.
+    const Slice& embedding = store.slice(0);
+    const bool alone = (embedding.end - embedding.begin) * world.size() == store.config().vocab_size;
+    const CheckpointReader reader(source.directory, "model", alone ? Caching::kPast : Caching::kThrough);
     const ConvertingReader converting(reader, source.config, store.config(), plan);
     fill_from_host(backend, sharded_parameters(store), [&](const ShardedTensor& tensor) {
       world.heartbeat().beat("reading the weights");

@@ -68,5 +68,24 @@ TEST(DenseFile, ReadsMatricesEitherWay) {
   }
 }
 
+// Slices longer than the staging memory, from odd places up to the end of the file.
+TEST(DenseFile, ReadsPastTheCache) {
+  const TemporaryDirectory directory;
+  const std::string before = "seven b";
+  const index_t rows = 4100, columns = 1030;
+  const std::string bytes = stored_matrix(rows, columns, StoredType::kF32, false);
+  ASSERT_GT(bytes.size() / 3, DirectReader::kLong / 2);
+  write_text(directory / "file", before + bytes);
+  const DenseFile file(InputFile(directory / "file"),
+                       {{.name = "t",
+                         .type = StoredType::kF32,
+                         .shape = {rows, columns},
+                         .begin = before.size(),
+                         .end = before.size() + bytes.size()}},
+                       Caching::kPast);
+  expect_slices<float>(file, rows, columns);
+  expect_slices<double>(file, rows, columns);
+}
+
 }  // namespace
 }  // namespace regroup
