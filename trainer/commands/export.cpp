@@ -35,7 +35,9 @@ std::map<std::string, std::string> small_files(const std::filesystem::path& comp
   texts.emplace("generation_config.json", generation_config_text());
   if (const auto tokenizer = tokenizer_of(companions)) {
     texts["spiece.model"] = read_text(*tokenizer);
-    texts.emplace("tokenizer_config.json", tokenizer_config_text(Tokenizer(*tokenizer).holds_sentinels()));
+    if (!texts.contains("tokenizer_config.json")) {
+      texts["tokenizer_config.json"] = tokenizer_config_text(Tokenizer(*tokenizer).holds_sentinels());
+    }
   }
   return texts;
 }
@@ -178,9 +180,10 @@ int export_command(const Options& options, const ProcessGroup& world, const Log&
   std::vector<float> logits;  // first: a model that cannot be run is found before anything is written
   if (options.self_check) logits = check_logits(world, layout, device, source, type);
   if (t5x) {
-    if (!source.step)
+    if (!source.step) {
       log.info("the model does not say how long it was trained: parent-steps = {} is assumed",
                options.parent_steps);
+    }
     write_t5x(world, source, expand, source.step.value_or(options.parent_steps), folder.path());
   } else {
     write_hugging_face(world, source, expand, type, folder.path());
