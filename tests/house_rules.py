@@ -490,15 +490,10 @@ SEEDS = (
     *(("arrow", "trainer/model/bad.h", H + f'#include "trainer/{part}"\n', 2) for part in (
         "optimizer/adafactor.h", "formats/names.h", "checkpoint/store.h", "conversion/regroup.h", "run/loop.h", "commands/train.h",
         "options.h")),
-    ("arrow", "trainer/optimizer/bad.h", H + '#include "trainer/model/t5.h"\n', 2),
-    ("arrow", "trainer/optimizer/bad.h", H + '#include "trainer/formats/names.h"\n', 2),
-    ("arrow", "trainer/checkpoint/bad.h", H + '#include "trainer/model/t5.h"\n', 2),
-    ("arrow", "trainer/checkpoint/bad.h", H + '#include "trainer/conversion/regroup.h"\n', 2),
-    ("arrow", "trainer/formats/bad.h", H + '#include "trainer/checkpoint/store.h"\n', 2),
-    ("arrow", "trainer/conversion/bad.h", H + '#include "trainer/checkpoint/store.h"\n', 2),
-    ("arrow", "trainer/conversion/bad.h", H + '#include "trainer/model/t5.h"\n', 2),
-    ("arrow", "trainer/conversion/bad.h", H + '#include "trainer/run/loop.h"\n', 2),
-    ("arrow", "trainer/run/bad.h", H + '#include "trainer/commands/train.h"\n', 2),
+    *(("arrow", f"trainer/{part}/bad.h", H + f'#include "trainer/{seen}"\n', 2) for part, seen in (
+        ("optimizer", "model/t5.h"), ("optimizer", "formats/names.h"), ("checkpoint", "model/t5.h"),
+        ("checkpoint", "conversion/regroup.h"), ("formats", "checkpoint/store.h"), ("conversion", "checkpoint/store.h"),
+        ("conversion", "model/t5.h"), ("conversion", "run/loop.h"), ("run", "commands/train.h"))),
     ("arrow", "trainer/options.h", H + '#include "trainer/commands/train.h"\n', 2),
     ("arrow", "trainer/novelty/bad.h", H + '#include "trainer/model/config.h"\n', 2),
     ("orphaned test", "tests/bad_test.cpp", "int a();\n", 1),
@@ -558,11 +553,8 @@ SEEDS = (
     ("long file", "data/bad.cpp", "\n" * (MAX_LINES + 1), MAX_LINES + 1),
     ("non-ASCII", "data/bad.cpp", "\n// caf\u00e9\n", 2),
     ("#pragma once", "data/bad.h", "// a header\n", 1),
-    ("file name", "data/utils.cpp", "", 1),
-    ("file name", "data/string_util.cpp", "", 1),
-    ("file name", "data/common/x.cpp", "", 1),
-    ("file name", "data/misc.cpp", "", 1),
-    ("file name", "tests/test_helpers.cpp", "", 1),
+    *(("file name", path, "", 1) for path in (
+        "data/utils.cpp", "data/string_util.cpp", "data/common/x.cpp", "data/misc.cpp", "tests/test_helpers.cpp")),
 )
 
 

@@ -7,6 +7,7 @@
 
 #include "kernels/base/file.h"
 #include "tests/support/devices.h"
+#include "tests/trainer/model/golden_batch.h"
 #include "trainer/checkpoint/host_tensors.h"
 #include "trainer/formats/checkpoint_reader.h"
 #include "trainer/model/config.h"
@@ -37,23 +38,9 @@ class Expected {
     reader_.read(name, 0, 0, stored.shape[0], Tensor(result.data(), DType::kFloat32, stored.shape));
     return result;
   }
-  Batch batch() const {
-    const StoredTensor& inputs = *reader_.find("input_ids");
-    const StoredTensor& labels = *reader_.find("labels");
-    return {.size = inputs.shape[0],
-            .inputs_length = inputs.shape[1],
-            .targets_length = labels.shape[1],
-            .input_ids = ids(inputs),
-            .targets = ids(labels)};
-  }
+  Batch batch() const { return test::golden_batch(path_, reader_); }
 
  private:
-  std::vector<std::int32_t> ids(const StoredTensor& tensor) const {
-    std::vector<std::int32_t> result((tensor.end - tensor.begin) / sizeof(std::int32_t));
-    InputFile(path_).read(tensor.begin, std::as_writable_bytes(std::span(result)));
-    return result;
-  }
-
   std::filesystem::path path_;
   CheckpointReader reader_;
 };
