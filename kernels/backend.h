@@ -114,6 +114,9 @@ class Backend {
   virtual bool host_accessible() const { return true; }
   // The device in words, for the log.
   virtual std::string describe() const = 0;
+  // Whether the device multiplies bfloat16 in hardware. Where it does not, products of bfloat16 are made of
+  // float32 ones and slower than those.
+  virtual bool multiplies_bfloat16() const { return true; }
   // The same for two backends on one device with memory of its own, and for no others; empty on the CPU.
   virtual std::string device_id() const { return {}; }
   // The most elements of an intermediate that is made and used in pieces: large enough for fast products,

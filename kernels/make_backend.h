@@ -2,8 +2,10 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "kernels/backend.h"
+#include "kernels/cpu_level.h"
 
 namespace regroup {
 
@@ -11,8 +13,9 @@ enum class DeviceKind { kCpu, kCuda };
 
 struct BackendOptions {
   DeviceKind device = DeviceKind::kCpu;
-  int threads = 0;     // CPU: threads for every op; 0: OMP_NUM_THREADS, or all cores this process may run on
-  int local_rank = 0;  // CUDA: which of this host's visible GPUs, modulo their number
+  int threads = 0;  // CPU: threads for every op; 0: OMP_NUM_THREADS, or all cores this process may run on
+  std::optional<CpuLevel> cpu_level;  // CPU: none: the highest that the processor has
+  int local_rank = 0;                 // CUDA: which of this host's visible GPUs, modulo their number
   // CUDA: the same algorithm for a shape in every run, on every machine of one kind, in place of the fastest
   // of a measurement.
   bool deterministic = false;

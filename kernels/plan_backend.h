@@ -8,7 +8,7 @@ namespace regroup {
 // Hands out addresses without memory behind them, counts bytes and floating-point operations, touches no
 // data. A memory plan is the high-water marks of the arenas after one step on this backend, so plan and run
 // cannot differ.
-class PlanBackend final : public Backend {
+class PlanBackend : public Backend {
  public:
   PlanBackend() = default;
   // Plans for `device`: works in its pieces.

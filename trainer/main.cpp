@@ -1,6 +1,8 @@
 // The program: reads options, runs the command, turns an error into one line and an exit code.
 #include <csignal>
+#include <optional>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 #include "trainer/commands/commands.h"
@@ -21,6 +23,7 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
   try {
     regroup::Options options;
     world.run_together([&] { options = regroup::parse_options(arguments); });
+    if (options.cpu_level) world.run_together([&] { regroup::limit_cpu_level(*options.cpu_level); });
     return regroup::run_command(options, world, log);
   } catch (const regroup::UserError& error) {
     return fail(error.what(), error.on_every_rank(), regroup::kUserFailure);
@@ -33,9 +36,22 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
   }
 }
 
+// OpenBLAS chooses its instructions before main() begins. So where a level is asked for, the program tells
+// OpenBLAS and starts once more.
+void restart_for_openblas(char** argv) {
+  std::optional<regroup::CpuLevel> level;
+  try {
+    level = regroup::requested_cpu_level();
+  } catch (const regroup::UserError&) {
+    return;  // parse_options() tells the user
+  }
+  if (level && regroup::limit_openblas(*level)) execv("/proc/self/exe", argv);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  restart_for_openblas(argv);
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is then a failed write, which is reported
   const regroup::MpiEnvironment mpi;
   return run(std::vector<std::string>(argv + 1, argv + argc), mpi);

@@ -126,7 +126,9 @@ std::vector<po::options_description> describe_options(Options& o) {
                   "ranks that share one model: heads, groups, d_ff and vocabulary are split over them")(
       "data-parallel", bound(o.layout.data_parallel), "ranks that share one batch; 0: all others")(
       "precision", text(o.precision),
-      "of weights and activations in products: bf16 or fp32 (masters are fp32)")(
+      "of weights and activations in products: bf16, fp32, or auto: bf16 where every rank's device "
+      "multiplies it "
+      "in hardware, else fp32 (masters are fp32)")(
       "recompute", flag(o.recompute), "keep only each layer's input for backward: less memory, more time");
   group("Data")("corpus", path(o.corpus), "folder that --prepare-data made")(
       "verify-corpus", flag(o.verify_corpus),

@@ -171,7 +171,7 @@ void validate(const Options& o) {
   if (o.collectives == "nccl" && o.device == "cpu") {
     throw UserError("collectives = nccl goes from GPU to GPU: give --device cuda too, or leave it out");
   }
-  require_one_of("precision", o.precision, {"bf16", "fp32"});
+  require_one_of("precision", o.precision, {"auto", "bf16", "fp32"});
   require_one_of("optimizer", o.optimizer, {"adafactor", "adamw"});
   require_one_of("document", o.document, {"file", "line"});
   require_one_of("grouping", o.grouping, {"position", "similarity"});
@@ -343,6 +343,7 @@ Options parse_options(const std::vector<std::string>& arguments) {
     explain(error, all, "");
   }
   validate(options);
+  options.cpu_level = requested_cpu_level();
   if (embedded) require_quickstart(options);
   for (const auto& option : all.options()) {
     const std::string& name = option->long_name();
@@ -354,6 +355,32 @@ Options parse_options(const std::vector<std::string>& arguments) {
     options.resolved.emplace_back(name, text_of(values[name].value()));
   }
   return options;
+}
+
+std::optional<CpuLevel> requested_cpu_level() {
+  const char* const name = std::getenv("REGROUP_CPU_LEVEL");
+  if (name == nullptr || *name == '\0') return std::nullopt;
+  try {
+    return cpu_level_from_string(name);
+  } catch (const UserError& error) {
+    throw UserError("REGROUP_CPU_LEVEL: {}", error.what());
+  }
+}
+
+bool limit_openblas(CpuLevel level) {
+  constexpr const char* kName = "OPENBLAS_CORETYPE";
+  if (std::getenv(kName) != nullptr) return false;
+  return setenv(kName, std::string(openblas_core_type(level)).c_str(), /*overwrite=*/0) == 0;
+}
+
+void set_resolved(Options& options, const std::string& name, const std::string& value) {
+  const auto known = std::find_if(options.resolved.begin(), options.resolved.end(),
+                                  [&name](const auto& pair) { return pair.first == name; });
+  if (known == options.resolved.end()) {
+    options.resolved.emplace_back(name, value);
+  } else {
+    known->second = value;
+  }
 }
 
 std::vector<ConfigLine> parse_config(const std::string& text, const std::string& where) {

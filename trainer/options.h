@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu_level.h"
 #include "kernels/dtype.h"
 #include "parallel/mesh.h"
 
@@ -35,8 +36,9 @@ struct Options {
   // Run.
   std::filesystem::path run;  // directory of checkpoints, metrics and plots
   std::uint64_t seed = 0;
-  std::string device = "cpu";  // or cuda
-  int threads = 0;             // of each rank; 0: OMP_NUM_THREADS, or this rank's share of the host's cores
+  std::string device = "cpu";         // or cuda
+  std::optional<CpuLevel> cpu_level;  // REGROUP_CPU_LEVEL; none: the highest of the processor
+  int threads = 0;  // of each rank; 0: OMP_NUM_THREADS, or this rank's share of the host's cores
   std::string collectives = "auto";  // or nccl, host: how tensors of GPUs travel
   double hang_timeout = 600;         // seconds without progress; 0: for ever
   index_t restart_budget = 5;        // starts in a row without a new checkpoint; 0: any number
@@ -50,7 +52,7 @@ struct Options {
 
   // Layout.
   Layout layout{.data_parallel = 0, .tensor_parallel = 1};  // data_parallel 0: all ranks / tensor_parallel
-  std::string precision = "bf16";                           // or fp32
+  std::string precision = "auto";                           // or bf16, fp32; auto until resolve_precision()
   bool recompute = false;
 
   // Data.
@@ -130,6 +132,15 @@ struct Options {
 // malformed values, several modes, and for a mode that lacks what it needs; file and line where it came from
 // a file.
 Options parse_options(const std::vector<std::string>& arguments);
+
+// What REGROUP_CPU_LEVEL asks for; none where it is not set or empty. UserError where that is no level.
+std::optional<CpuLevel> requested_cpu_level();
+// Sets the environment of OpenBLAS for this level unless the user has. OpenBLAS reads it when the program
+// starts. Whether it was set now.
+bool limit_openblas(CpuLevel level);
+
+// Has `resolved` say this value of an option.
+void set_resolved(Options& options, const std::string& name, const std::string& value);
 
 // The pairs of a configuration file: `key = value` lines, '#' comments, and [mode] sections, whose pairs
 // count for that mode only. `where` names the text in errors. Pure; UserError with the line.

@@ -6,7 +6,7 @@
 
 #include <omp.h>
 
-#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/onednn_matmul.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/vector_math.h"
 
@@ -33,9 +33,11 @@ void for_each_row(const Tensor& x, const Tensor& y, Body&& body) {
 
 }  // namespace
 
-CpuBackend::CpuBackend(int threads)
-    : threads_(threads > 0 ? threads : omp_get_max_threads()),
-      matmul_(std::make_unique<CpuMatmul>(threads_)) {}
+CpuBackend::CpuBackend(CpuLevel level, int threads)
+    : level_(level),
+      threads_(threads > 0 ? threads : omp_get_max_threads()),
+      multiplies_bfloat16_(processor_multiplies_bfloat16(level)),
+      matmul_(std::make_unique<OneDnnMatmul>(threads_)) {}
 
 CpuBackend::~CpuBackend() = default;
 
@@ -72,7 +74,9 @@ std::byte* CpuBackend::workspace(index_t bytes) {
   return static_cast<std::byte*>(workspace_.data());
 }
 
-std::string CpuBackend::describe() const { return fmt::format("CPU, {} threads", threads_); }
+std::string CpuBackend::describe() const {
+  return fmt::format("CPU ({}), {} threads", name_of(level_), threads_);
+}
 
 void CpuBackend::copy_from_host(const void* host, Tensor tensor) {
   check(tensor.is_contiguous(), "copy_from_host: {} has gaps between its rows", tensor.describe());

@@ -1,19 +1,22 @@
-// The op set on the host: oneDNN for products, OpenMP for the rest.
+// The op set on the host: oneDNN for products, OpenMP for the rest. Compiled once a level (cpu_level.h); code
+// outside this folder gets it from make_backend().
 #pragma once
 
 #include <cstddef>
 #include <memory>
 
 #include "kernels/backend.h"
+#include "kernels/cpu_level.h"
 
 namespace regroup {
 
-class CpuMatmul;  // oneDNN engine, stream and cache of primitives (matmul.cpp)
+class OneDnnMatmul;
 
 class CpuBackend : public Backend {
  public:
-  // `threads` for every op; 0: OMP_NUM_THREADS, or all cores this process may run on.
-  explicit CpuBackend(int threads = 0);
+  // `level`: what this build of the class was compiled for. `threads` for every op; 0: OMP_NUM_THREADS, or
+  // all cores this process may run on.
+  CpuBackend(CpuLevel level, int threads);
   ~CpuBackend() override;
   CpuBackend(const CpuBackend&) = delete;
   CpuBackend& operator=(const CpuBackend&) = delete;
@@ -25,8 +28,7 @@ class CpuBackend : public Backend {
   void copy_to_host(Tensor tensor, void* host) override;
   void synchronize() override {}
   std::string describe() const override;
-
-  int threads() const { return threads_; }
+  bool multiplies_bfloat16() const override { return multiplies_bfloat16_; }
 
  private:
   Buffer allocate_aligned(index_t bytes, std::size_t alignment) const;
@@ -74,8 +76,10 @@ class CpuBackend : public Backend {
   // grows where an op needs more than any before it, which is in the first step.
   std::byte* workspace(index_t bytes);
 
+  CpuLevel level_;
   int threads_;
-  std::unique_ptr<CpuMatmul> matmul_;
+  bool multiplies_bfloat16_;
+  std::unique_ptr<OneDnnMatmul> matmul_;
   Buffer workspace_;
 };
 

@@ -5,7 +5,7 @@
 
 #include <benchmark/benchmark.h>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 #include "kernels/matmul_peak.h"
 
 namespace regroup {
@@ -59,7 +59,8 @@ class Tensors {
 };
 
 void run(benchmark::State& state, const Layer& layer, DType dtype, double peak, bool backward) {
-  CpuBackend backend;
+  const auto owned = make_backend({});
+  Backend& backend = *owned;
   const Tensors t(backend, layer, dtype);
   const AttentionOptions options{
       .causal = layer.causal, .dropout_rate = layer.dropout, .dropout_key = {}, .heads = layer.heads};
@@ -79,7 +80,8 @@ void run(benchmark::State& state, const Layer& layer, DType dtype, double peak, 
 }
 
 void register_all() {
-  CpuBackend backend;
+  const auto owned = make_backend({});
+  Backend& backend = *owned;
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
     const double peak = measure_matmul_peak(backend, dtype);
     for (const Layer& layer : kLayers) {

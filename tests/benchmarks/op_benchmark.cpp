@@ -3,7 +3,7 @@
 // counted once, accumulated ones twice; GFLOP/s where the op counts operations.
 #include <benchmark/benchmark.h>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 #include "tests/kernels/activation_cases.h"
 #include "tests/kernels/cross_entropy_cases.h"
 #include "tests/kernels/embedding_cases.h"
@@ -53,7 +53,8 @@ double bytes_of(const OpCase& op, DType compute) {
 }
 
 void run(benchmark::State& state, const OpCase& op, DType compute) {
-  CpuBackend backend;
+  const auto owned = make_backend({});
+  Backend& backend = *owned;
   Instance instance(backend, op, compute);
   instance.call();  // sizes the work areas
   const double flops = backend.flops();

@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/arena.h"
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 
 namespace regroup {
 namespace {
@@ -30,7 +30,8 @@ index_t feed_forward(Backend& backend, index_t tokens, index_t model, index_t in
 
 TEST(PlanBackend, SameBytesAndOperationsAsTheCpu) {
   PlanBackend plan;
-  CpuBackend cpu(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& cpu = *owned;
   EXPECT_EQ(feed_forward(plan, 9, 20, 40), feed_forward(cpu, 9, 20, 40));
   EXPECT_EQ(plan.flops(), cpu.flops());
   EXPECT_EQ(plan.flops(), 2.0 * 9 * 20 * 80 + 2.0 * 9 * 40 * 20);

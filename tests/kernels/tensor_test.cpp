@@ -6,7 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/arena.h"
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 
 namespace regroup {
 namespace {
@@ -89,7 +89,8 @@ TEST(Buffer, FreesOnceAndOnlyOnce) {
 }
 
 TEST(Arena, GivesBackWhatAFrameTook) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   Arena arena(backend.allocate(1024));
   const Tensor kept = arena.allocate(DType::kFloat32, {3});
   EXPECT_EQ(arena.used(), 64);
@@ -116,8 +117,8 @@ TEST(DType, BFloat16RoundsToNearestEven) {
 }
 
 TEST(CpuBackend, AllocatesZeroedAlignedMemory) {
-  CpuBackend backend(2);
-  EXPECT_EQ(backend.threads(), 2);
+  const auto owned = make_backend({.threads = 2});
+  Backend& backend = *owned;
   const Buffer buffer = backend.allocate((index_t{5} << 20) + 3);
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.data()) % 64, 0U);
   const auto* const bytes = static_cast<const unsigned char*>(buffer.data());

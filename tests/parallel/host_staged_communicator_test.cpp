@@ -6,7 +6,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 
 namespace regroup {
 namespace {
@@ -27,7 +27,8 @@ class HostStaged : public testing::Test {
   }
 
   ProcessGroup world_ = ProcessGroup::world();
-  CpuBackend backend_{1};
+  std::unique_ptr<Backend> owned_ = make_backend({.threads = 1});
+  Backend& backend_ = *owned_;
   std::unique_ptr<Communicator> mpi_ = make_mpi_communicator("world", world_);
   std::unique_ptr<Communicator> staged_ = make_host_staged_communicator("world", world_, backend_);
 };

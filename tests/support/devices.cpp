@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdlib>
 
 namespace regroup::test {
 
@@ -14,8 +15,22 @@ std::string test_name(DeviceKind device, const std::string& what) {
   return name;
 }
 
+namespace {
+
+std::optional<CpuLevel> limited_cpu_level() {
+  const char* const name = std::getenv("REGROUP_CPU_LEVEL");
+  if (name == nullptr) return std::nullopt;
+  const CpuLevel level = cpu_level_from_string(name);
+  limit_cpu_level(level);
+  return level;
+}
+
+}  // namespace
+
 std::unique_ptr<Backend> make_test_backend(DeviceKind device, int threads) {
-  return make_backend({.device = device, .threads = threads, .deterministic = true});
+  static const std::optional<CpuLevel> level = limited_cpu_level();
+  return make_backend(
+      {.device = device, .threads = threads, .cpu_level = level, .deterministic = true});
 }
 
 std::vector<std::unique_ptr<Backend>> backends_of_equal_bits(DeviceKind device) {

@@ -17,7 +17,7 @@ std::string name_of(DeviceKind device);  // "cpu", "cuda"
 // "cuda_add_7_20_in_place": the name of a test of `what` on `device`, of the characters that gtest allows.
 std::string test_name(DeviceKind device, const std::string& what);
 
-// `threads`: of the CPU.
+// `threads`: of the CPU, which works at the level that REGROUP_CPU_LEVEL names, or at its highest.
 std::unique_ptr<Backend> make_test_backend(DeviceKind device, int threads = 2);
 
 // Backends that must give the same bits: any number of threads of a CPU, any run on a GPU. (In emulation each

@@ -66,7 +66,7 @@ class HealthyTest(DoctorTest):
         self.assertRegex(report, r"(?m)^ok +map +2 ranks on 1 node")
         self.assertRegex(report, r"(?m)^ok +signals +SIGUSR1 to \S+ \(process \d+\) reaches every rank")
         self.assertRegex(report, r"(?m)^ok +directory +\S+/run.*/s written and flushed")
-        self.assertRegex(report, r"(?m)^ok +device +processors: .*GFLOP/s.*GB/s for sums of 64 MiB over 2 ranks")
+        self.assertRegex(report, r"(?m)^ok +device +processors: level \w+: \w+ .*GFLOP/s.*GB/s for sums of 64 MiB over 2 ranks")
         self.assertEqual(os.listdir(run), ["mine"])
 
     def test_missing_directory_stays_missing(self):

@@ -2,17 +2,30 @@
 
 #include <cstdio>
 
+#include "trainer/run/precision.h"
 #include "trainer/version.h"
 
 namespace regroup {
 
-int run_command(const Options& options, const ProcessGroup& world, const Log& log) {
+namespace {
+
+void print_version(const Options& options) {
+  const CpuLevel level = options.cpu_level.value_or(highest_cpu_level());
+  fmt::print("regroup {}\nprocessor level {}, products in {}\n", kVersion, name_of(level),
+             processor_multiplies_bfloat16(level) ? "bfloat16 and float32" : "float32");
+}
+
+}  // namespace
+
+int run_command(const Options& asked, const ProcessGroup& world, const Log& log) {
+  Options options = asked;
+  resolve_precision(options, world);
   switch (options.mode) {
     case Mode::kHelp:
       if (world.rank() == 0) fmt::print("{}", help());
       return 0;
     case Mode::kVersion:
-      if (world.rank() == 0) fmt::print("regroup {}\n", kVersion);
+      if (world.rank() == 0) print_version(options);
       return 0;
     case Mode::kTrainTokenizer:
       return train_tokenizer_command(options, world, log);

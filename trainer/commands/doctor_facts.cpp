@@ -12,7 +12,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(DirectoryFacts, error, seen, renamed, locked_
                                    write_seconds, flush_seconds, free, filesystem)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RankFacts, host, launcher, cores, offered_cores, threads, wrapper,
                                    signalled, clock, memory, open_files, locked_memory, file_size, infiniband,
-                                   peak, device, devices, directory)
+                                   cpu_level, peak, device, devices, directory)
 
 LauncherFacts launcher_of(const std::map<std::string, std::string>& environment) {
   const auto text = [&](const char* name) {

@@ -52,9 +52,10 @@ struct RankFacts {
   std::uint64_t memory = 0;  // bytes available on the host, to all its ranks
   std::uint64_t open_files = kNoLimit, locked_memory = kNoLimit, file_size = kNoLimit;  // limits
   bool infiniband = false;
-  double peak = 0;     // FLOP/s of a matrix product, all ranks at once
-  std::string device;  // id of the GPU
-  int devices = 0;     // GPUs that it sees
+  std::string cpu_level;  // of the processor; "" on a GPU
+  double peak = 0;        // FLOP/s of a matrix product, all ranks at once
+  std::string device;     // id of the GPU
+  int devices = 0;        // GPUs that it sees
   DirectoryFacts directory;
 };
 
@@ -66,6 +67,7 @@ struct JobFacts {
   std::vector<RankFacts> ranks;  // by rank
 
   std::string device = "cpu";  // or cuda, as asked for
+  std::string precision;       // of products
   std::string device_error;    // why it could not be opened; "": it could
   std::string transport;       // of tensors between ranks
   double sum_rate = 0;         // bytes/s of a sum of 64 MiB over all ranks; 0 for a world of one

@@ -348,10 +348,20 @@ std::vector<Finding> judge_devices(const JobFacts& job) {
                        "the other GPUs idle", fmt::format("{} ranks a node, one a GPU", seen)));
   }
   for (Finding& finding : std::move(idle).take()) findings.push_back(std::move(finding));
+  const std::string& level = job.ranks[0].cpu_level;
+  const auto other = ranks_where(job, [&](const RankFacts& rank) { return rank.cpu_level != level; });
+  if (!other.empty()) {
+    findings.push_back(note(
+        "device",
+        fmt::format("processor level {} on {}, {} on rank 0: the same up to rounding at the speed of the "
+                    "slowest; REGROUP_CPU_LEVEL=LEVEL makes them alike",
+                    facts_of(job, other[0]).cpu_level, ranks_text(other), level)));
+  }
   const bool cuda = job.device == "cuda";
-  findings.push_back(fine(
-      "device", fmt::format("{}: matrix products at {:.0f} GFLOP/s a rank{}{}", cuda ? "GPUs" : "processors",
-                            median * 1e-9, sums.empty() ? "" : "; ", sums)));
+  findings.push_back(
+      fine("device", fmt::format("{}: {} matrix products at {:.0f} GFLOP/s a rank{}{}",
+                                 cuda ? "GPUs" : fmt::format("processors: level {}", level), job.precision,
+                                 median * 1e-9, sums.empty() ? "" : "; ", sums)));
   return findings;
 }
 

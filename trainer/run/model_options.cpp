@@ -24,13 +24,7 @@ void inherit(Options& options, const nlohmann::json& identity) {
     member = identity.at(name).get<T>();
     std::string value = fmt::format("{}", member);
     if constexpr (std::is_same_v<T, bool>) value = member ? "on" : "off";
-    const auto known = std::find_if(options.resolved.begin(), options.resolved.end(),
-                                    [name](const auto& pair) { return pair.first == name; });
-    if (known == options.resolved.end()) {
-      options.resolved.emplace_back(name, value);
-    } else {
-      known->second = value;
-    }
+    set_resolved(options, name, value);
   };
   take("inputs-length", options.inputs_length);
   take("noise-density", options.noise_density);
@@ -115,6 +109,7 @@ index_t evaluation_micro_batch(const Options& options) {
 }
 
 DType compute_dtype(const Options& options) {
+  check(options.precision != "auto", "the precision is used before it is resolved");
   return options.precision == "fp32" ? DType::kFloat32 : DType::kBFloat16;
 }
 

@@ -30,6 +30,28 @@ void log_devices(const ProcessGroup& world, const Backend& backend, const Log& l
   if (lines.size() > kMostLines) log.info("... and {} ranks more", lines.size() - kMostLines);
 }
 
+// What the processors of the ranks can do, where the run would be faster or the same everywhere if they were
+// alike. Collective.
+void log_processors(const Options& options, const ProcessGroup& world, const Backend& backend,
+                    const Log& log) {
+  const std::vector<std::string> names = world.all_gather(processor_level(options));
+  const auto other =
+      std::find_if(names.begin(), names.end(), [&](const auto& name) { return name != names[0]; });
+  if (other != names.end() && world.rank() == 0) {
+    log.warning(
+        "rank {} runs at processor level {}, rank 0 at {}: they round differently, and all wait for the "
+        "slowest; "
+        "REGROUP_CPU_LEVEL=LEVEL makes them alike",
+        other - names.begin(), *other, names[0]);
+  }
+  if (options.precision == "bf16" && !backend.multiplies_bfloat16()) {
+    log.info(
+        "this processor does not multiply bfloat16 ({}): products are made in float32, and --precision fp32 "
+        "would be faster",
+        backend.describe());
+  }
+}
+
 }  // namespace
 
 RankDevice open_device(const Options& options, const ProcessGroup& world, const Log& log) {
@@ -39,10 +61,12 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
   world.run_together([&] {
     result.backend = make_backend({.device = cuda ? DeviceKind::kCuda : DeviceKind::kCpu,
                                    .threads = threads_of(options.threads, host.size()),
+                                   .cpu_level = options.cpu_level,
                                    .local_rank = host.rank(),
                                    .deterministic = options.deterministic});
   });
   if (!cuda) {
+    log_processors(options, world, *result.backend, log);
     result.communicators = make_mpi_communicator;
     return result;
   }
@@ -72,6 +96,11 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
     return make_nccl_communicator(std::move(name), group, backend, nccl);
   };
   return result;
+}
+
+std::string processor_level(const Options& options) {
+  if (options.device != "cpu") return "";
+  return std::string(name_of(options.cpu_level.value_or(highest_cpu_level())));
 }
 
 double measure_all_reduce(Backend& backend, Communicator& communicator) {

@@ -21,6 +21,9 @@ struct RankDevice {
 // every rank where it cannot be.
 RankDevice open_device(const Options& options, const ProcessGroup& world, const Log& log);
 
+// The name of the processor level that ops run at; "" on a GPU.
+std::string processor_level(const Options& options);
+
 // Bytes a second of sums of 64 MiB over the ranks of a communicator, measured. Collective over them.
 double measure_all_reduce(Backend& backend, Communicator& communicator);
 

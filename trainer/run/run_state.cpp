@@ -28,6 +28,7 @@ nlohmann::json to_json(const RunState& state) {
           {"converted_loss", number_or_null(state.converted_loss)},
           {"recovered", number_or_null(state.recovered)},
           {"recovered_step", state.recovered_step},
+          {"cpu_level", state.cpu_level},
           {"divergence", to_json(state.divergence)},
           {"conversion", state.conversion},
           {"moment_offsets", state.moment_offsets},
@@ -51,6 +52,7 @@ RunState run_state_from_json(const nlohmann::json& json, const std::string& wher
       state.recovered_step = json.at("recovered_step").get<index_t>();
     }
     if (json.contains("divergence")) state.divergence = divergence_from_json(json.at("divergence"));
+    state.cpu_level = json.value("cpu_level", std::string());
     state.conversion = json.value("conversion", nlohmann::json());
     state.moment_offsets = json.value("moment_offsets", MomentOffsets());
     state.identity = json.at("identity");

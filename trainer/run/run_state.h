@@ -30,6 +30,7 @@ struct RunState {
   // Where the optimizer's moments of some parameters began, if not at first_step: with the parent, whose they
   // are.
   MomentOffsets moment_offsets;
+  std::string cpu_level;  // of the ranks' processors when this was written; "" on GPUs and in older runs
   Divergence divergence;  // what judges the next step
   // Everything that the numbers of the run are a function of: model, data, optimizer, seed. Layout is not
   // part of it.

@@ -51,6 +51,7 @@ class TrainingRun {
   void build();
   std::vector<TensorSet> tensor_sets() const;
   std::optional<std::string> load();
+  void note_processor_level();
   void convert_parent();
   bool start();
   bool fall_back(const std::optional<std::string>& damage);

@@ -12,6 +12,7 @@
 #include "trainer/run/model_options.h"
 #include "trainer/run/parent_conversion.h"
 #include "trainer/run/parent_moments.h"
+#include "trainer/run/precision.h"
 #include "trainer/run/rank_device.h"
 #include "trainer/run/training_run.h"
 
@@ -80,6 +81,7 @@ bool TrainingRun::fall_back(const std::optional<std::string>& damage) {
 // What the run is, from options and where it starts; refuses what cannot work. The same on every rank.
 void TrainingRun::decide() {
   if (source_ && source_->state) inherit(options_, source_->state->identity);
+  if (resuming()) keep_precision(options_, state_.identity.at("precision").get<std::string>());
   if (uptraining()) {
     config_ = uptrained_config(options_, source_->config);
     pooling_from_string(options_.pooling);
@@ -184,7 +186,18 @@ std::optional<std::string> TrainingRun::load() {
   }
   runner_->parameters().refresh_weights();
   log_.info("resuming {} at step {}", options_.run.string(), state_.step);
+  note_processor_level();
   return std::nullopt;
+}
+
+// Other instructions round differently: the run goes on, but not with the bits of an undisturbed one.
+void TrainingRun::note_processor_level() {
+  const std::string before = state_.cpu_level;
+  state_.cpu_level = processor_level(options_);
+  if (!before.empty() && !state_.cpu_level.empty() && before != state_.cpu_level) {
+    log_.info("the run goes on at processor level {}; its checkpoint is from {}: the same up to rounding",
+              state_.cpu_level, before);
+  }
 }
 
 void TrainingRun::convert_parent() {
@@ -233,6 +246,7 @@ bool TrainingRun::start() {
     reporter_->event({.step = state_.step, .name = resuming() ? "resume" : "start", .detail = state_.parent});
     write_text(options_.run / "resolved.cfg", resolved_config(options_));
   });
+  if (!resuming()) state_.cpu_level = processor_level(options_);
   if (!resuming() && uptraining()) convert_parent();
   if (!resuming() && !uptraining()) {
     runner_->parameters().initialise(options_.seed);

@@ -9,7 +9,8 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/random.h"
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
+#include "kernels/plan_backend.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
 #include "tests/trainer/formats/plain_file.h"
 #include "trainer/checkpoint/checkpoint_writer.h"
@@ -43,15 +44,18 @@ double value_of(const std::string& name, index_t i) {
 }
 
 // A host's memory that says that the host may not touch it, and counts what is copied.
-class UntouchableBackend : public CpuBackend {
+class UntouchableBackend : public PlanBackend {
  public:
-  UntouchableBackend() : CpuBackend(1) {}
+  Buffer allocate(index_t bytes) override { return owned_->allocate(bytes); }
   bool host_accessible() const override { return false; }
   void copy_from_host(const void* host, Tensor tensor) override {
     copied += tensor.bytes();
-    CpuBackend::copy_from_host(host, tensor);
+    owned_->copy_from_host(host, tensor);
   }
   index_t copied = 0;
+
+ private:
+  std::unique_ptr<Backend> owned_ = make_backend({.threads = 1});
 };
 
 // One rank's slices of a model and of something like its optimizer's state.
@@ -160,7 +164,8 @@ class CheckpointLoaderTest : public testing::Test {
 
   ProcessGroup world_ = ProcessGroup::world();
   SharedDirectory directory_{world_};
-  CpuBackend backend_{1};
+  std::unique_ptr<Backend> owned_ = make_backend({.threads = 1});
+  Backend& backend_ = *owned_;
 };
 
 TEST_F(CheckpointLoaderTest, AnyLayoutLoadsWhatAnyOtherSaved) {

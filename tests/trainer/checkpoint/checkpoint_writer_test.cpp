@@ -11,7 +11,7 @@
 
 #include "kernels/base/file.h"
 #include "kernels/base/random.h"
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
 #include "tests/trainer/formats/plain_file.h"
 #include "trainer/formats/checkpoint_reader.h"
@@ -118,7 +118,7 @@ class CheckpointWriterTest : public testing::Test {
 
   ProcessGroup world_ = ProcessGroup::world();
   SharedDirectory directory_{world_};
-  std::unique_ptr<Backend> backend_ = std::make_unique<CpuBackend>(1);
+  std::unique_ptr<Backend> backend_ = make_backend({.threads = 1});
 };
 
 // Blocks that cut tensors anywhere, with staging memory for all of a rank's or for one at a time.

@@ -7,7 +7,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 #include "trainer/model/parameter_store.h"
 
 namespace regroup {
@@ -108,7 +108,8 @@ TEST(ParameterTable, UnevenGroupsLieOverTheRanksAttentionByAttention) {
 // Law 1: initial weights are a function of seed, name and global element.
 TEST(ParameterStore, InitialValuesDoNotDependOnTheLayout) {
   for (const ModelConfig& config : {small_model(1), small_model(2), small_model(8), uneven_model()}) {
-    CpuBackend backend(1);
+    const auto owned = make_backend({.threads = 1});
+    Backend& backend = *owned;
     ParameterStore whole(backend, config, {});
     whole.initialise(5);
     for (const int tp : {2, 4}) {
@@ -132,7 +133,8 @@ TEST(ParameterStore, InitialValuesDoNotDependOnTheLayout) {
 }
 
 TEST(ParameterStore, InitialValuesHaveTheScalesOfT5X) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   ModelConfig config = small_model(8);
   config.d_model = 256;
   config.d_ff = 512;
@@ -160,7 +162,8 @@ TEST(ParameterStore, InitialValuesHaveTheScalesOfT5X) {
 }
 
 TEST(ParameterStore, PacksAreOneMatrix) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   ParameterStore store(backend, small_model(2), {});
   store.initialise(3);
   const std::string prefix = "decoder.block.0.layer.0.SelfAttention.";

@@ -9,7 +9,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/make_backend.h"
 #include "trainer/optimizer/adamw.h"
 
 namespace regroup {
@@ -116,7 +116,8 @@ void draw_gradients(ParameterStore& store, std::uint64_t step) {
 }
 
 TEST(Adafactor, IsThatOfT5X) {
-  CpuBackend backend(2);
+  const auto owned = make_backend({.threads = 2});
+  Backend& backend = *owned;
   const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
   ParameterStore store(backend, config(), {.compute = DType::kFloat64});
   store.initialise(3);
@@ -144,7 +145,8 @@ TEST(Adafactor, IsThatOfT5X) {
 }
 
 TEST(Adafactor, FactorsOnlyWhatIsLargeBothWays) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
   ParameterStore store(backend, config(), {});
   const Adafactor optimizer(backend, store, mesh, {});
@@ -161,7 +163,8 @@ TEST(Adafactor, FactorsOnlyWhatIsLargeBothWays) {
 // Moments that start fresh at the parent's step move weights as at step 0; without the offset the first
 // update is clipped and later ones hardly move.
 TEST(Adafactor, StepOffsetStartsAfresh) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
   const auto weights_after = [&](index_t first_step) {
     ParameterStore store(backend, config(), {.compute = DType::kFloat64});
@@ -179,7 +182,8 @@ TEST(Adafactor, StepOffsetStartsAfresh) {
 // Each parameter moves as in a run in which all have its offset.
 template <class AnOptimizer>
 void expect_offsets_of_their_own(const typename AnOptimizer::Options& base) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
   constexpr index_t kFirst = 7;
   const auto weights_after = [&](index_t offset, const MomentOffsets& others) {
@@ -217,7 +221,8 @@ TEST(AdamW, OffsetsOfTheirOwn) { expect_offsets_of_their_own<AdamW>({}); }
 // A gradient above the largest norm that is asked for, or not finite, leaves weights and state as they were.
 template <class AnOptimizer>
 void expect_bad_gradients_change_nothing(const typename AnOptimizer::Options& options) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
   ParameterStore store(backend, config(), {.compute = DType::kFloat64});
   store.initialise(3);
@@ -256,7 +261,8 @@ TEST(AdamW, BadGradientsChangeNothing) {
 }
 
 TEST(AdamW, IsTheUsualOne) {
-  CpuBackend backend(1);
+  const auto owned = make_backend({.threads = 1});
+  Backend& backend = *owned;
   const Mesh mesh = Mesh::plan({.data_parallel = 1, .tensor_parallel = 1}, 0, {1, 2});
   ParameterStore store(backend, config(), {.compute = DType::kFloat64});
   store.initialise(3);

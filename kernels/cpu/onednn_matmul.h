@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "kernels/backend.h"
+#include "kernels/cpu_level.h"
 
 namespace regroup {
 
@@ -11,12 +12,16 @@ namespace regroup {
 // shape, strides, types and options seen, and one scratchpad as large as the largest of them needs: a
 // combination that was seen before allocates nothing. The same combination gives the same bits at every call.
 // Not for concurrent use.
-class CpuMatmul {
+class OneDnnMatmul {
  public:
-  explicit CpuMatmul(int threads);
-  ~CpuMatmul();
-  CpuMatmul(const CpuMatmul&) = delete;
-  CpuMatmul& operator=(const CpuMatmul&) = delete;
+  explicit OneDnnMatmul(int threads);
+  ~OneDnnMatmul();
+  OneDnnMatmul(const OneDnnMatmul&) = delete;
+  OneDnnMatmul& operator=(const OneDnnMatmul&) = delete;
+
+  // Whether this processor has instructions that multiply bfloat16, and oneDNN may use them. Where it has
+  // none oneDNN may refuse products of bfloat16, or be slower at them than at float32.
+  static bool multiplies_bfloat16();
 
   void operator()(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptions& options);
 
@@ -25,5 +30,8 @@ class CpuMatmul {
   int threads_;
   std::unique_ptr<Primitives> primitives_;
 };
+
+// The part of limit_cpu_level() that concerns oneDNN.
+void limit_onednn(CpuLevel level);
 
 }  // namespace regroup
