@@ -22,8 +22,10 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
   };
   try {
     regroup::Options options;
-    world.run_together([&] { options = regroup::parse_options(arguments); });
-    if (options.cpu_level) world.run_together([&] { regroup::limit_cpu_level(*options.cpu_level); });
+    world.run_together([&] {
+      options = regroup::parse_options(arguments);
+      if (options.cpu_level) regroup::limit_cpu_level(*options.cpu_level);
+    });
     return regroup::run_command(options, world, log);
   } catch (const regroup::UserError& error) {
     return fail(error.what(), error.on_every_rank(), regroup::kUserFailure);
