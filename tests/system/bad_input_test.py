@@ -233,7 +233,7 @@ class TextTest(BadInputTest):
         self.output = self.folder / "out"
 
     def prepare(self, *changes):
-        return changed(["--prepare-data", "--input", self.text, "--tokenizer", self.home / "tokenizer.model", "--output",
+        return changed(["--prepare-data", "--input", self.text, "--tokenizer", self.data / "tokenizer.model", "--output",
                         self.output], *changes)
 
     def write_lines(self, good, bad):
@@ -292,7 +292,7 @@ class TextTest(BadInputTest):
         self.refuse(self.prepare("--tokenizer", wrong), r"wrong\.model")
         wrong.write_bytes(random.Random(4).randbytes(1000))
         self.refuse(self.prepare("--tokenizer", wrong), r"wrong\.model is not a SentencePiece model")
-        wrong.write_bytes((self.home / "tokenizer.model").read_bytes()[:5000])
+        wrong.write_bytes((self.data / "tokenizer.model").read_bytes()[:5000])
         self.refuse(self.prepare("--tokenizer", wrong), r"wrong\.model")
         self.refuse(["--train-tokenizer", "--input", self.text, "--output", self.folder / "new.model", "--vocab-pieces",
                      5000], "too small for 5000 pieces")

@@ -6,12 +6,10 @@ import re
 import shutil
 
 import harness
-from harness import DATA, MODEL, SystemTest, step_directory
+from harness import DATA, MODEL, PARENT_STEPS, PARENT_TRAINING as TRAINING, SystemTest, step_directory
 
-PARENT_STEPS = 60
 ALPHA = 0.1
 STEPS = PARENT_STEPS + round(ALPHA * PARENT_STEPS)
-TRAINING = [*DATA, "--precision", "fp32", "--warmup", 10, "--learning-rate", 0.1, "--progress-every", 10]
 LAYOUTS = {"one": (1, 1), "tp2": (2, 2), "dp2": (2, 1)}  # ranks, tensor-parallel
 HEADS, D_KV, D_MODEL = 4, 16, 128
 CALIBRATED = ["--pooling", "calibrated", "--calibration-batches", 2]
@@ -21,11 +19,7 @@ class ConvertTest(SystemTest):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.parent = cls.home / "parent"
-        outcome = harness.run(["--pretrain", "--corpus", cls.corpus, "--run", cls.parent, *MODEL, *TRAINING, "--steps",
-                               PARENT_STEPS])
-        if outcome.code != 0:
-            raise AssertionError(f"the parent could not be trained: {outcome}")
+        cls.parent = harness.trained_parent(cls.corpus)
 
     def convert(self, output, layout="one", groups=2, *more, corpus=True, code=0):
         ranks, tensor_parallel = LAYOUTS[layout]

@@ -4,6 +4,8 @@ A test's main is harness.main(); it takes the program as `--trainer PATH` before
 """
 
 import argparse
+import atexit
+import fcntl
 import hashlib
 import json
 import os
@@ -39,9 +41,12 @@ ENVIRONMENT = {
 # for Adafactor to factor.
 MODEL = ["--model", "tiny", "--d-model", 128, "--d-ff", 160, "--layers", 1, "--heads", 4, "--d-kv", 16]
 DATA = ["--inputs-length", 32, "--batch-size", 8, "--evaluation-samples", 16, "--workers", 1]
+# The multi-head model that several tests convert.
+PARENT_STEPS = 60
+PARENT_TRAINING = [*DATA, "--precision", "fp32", "--warmup", 10, "--learning-rate", 0.1, "--progress-every", 10]
 
 options = argparse.Namespace(trainer=None, mpiexec="mpirun --oversubscribe --bind-to none", device="cpu",
-                             kills=10, seed=1, fault_library=None)
+                             kills=10, seed=1, fault_library=None, shared=None)
 
 
 # ---- The corpus ----------------------------------------------------------------------------------------------------
@@ -87,8 +92,7 @@ def write_text(path, documents=400, seed=7):
 
 
 def make_corpus(folder):
-    """Text, a vocabulary and a token corpus in `folder`; the path of the corpus."""
-    folder = Path(folder)
+    """Text, a vocabulary and a token corpus in `folder`."""
     text, tokenizer, corpus = folder / "text.jsonl", folder / "tokenizer.model", folder / "corpus"
     write_text(text)
     for arguments in (["--train-tokenizer", "--input", text, "--vocab-pieces", 110, "--output", tokenizer],
@@ -97,7 +101,6 @@ def make_corpus(folder):
         outcome = run(arguments, ranks=1)
         if outcome.code != 0:
             raise AssertionError(f"the corpus could not be made:\n{outcome.stderr}")
-    return corpus
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------------------------
@@ -257,6 +260,47 @@ def run(arguments, ranks=2, seconds=SECONDS_TO_TRAIN, **how):
         return job.finish(seconds)
 
 
+# ---- What tests share ----------------------------------------------------------------------------------------------
+
+
+def shared(name, make):
+    """A folder that make(folder) has filled, now or for another test; nobody writes to it. What `--shared` names ctest
+    empties before the first test; by hand each program has its own."""
+    if options.shared is None:
+        options.shared = tempfile.mkdtemp(prefix="regroup-")
+        atexit.register(shutil.rmtree, options.shared, ignore_errors=True)
+    home = Path(options.shared)
+    home.mkdir(parents=True, exist_ok=True)
+    folder, made = home / name, home / f"{name}.made"
+    with open(home / f"{name}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
+def trained(name, arguments, ranks=2):
+    """The folder, of this name, of a run by these arguments, and the seconds that it took."""
+
+    def make(folder):
+        outcome = run([*arguments, "--run", folder / name], ranks)
+        if outcome.code != 0:
+            raise AssertionError(f"{name} could not be trained: {outcome}")
+        (folder / "seconds").write_text(str(outcome.seconds))
+
+    words = " ".join(map(str, [options.trainer, options.device, ranks, *arguments]))
+    folder = shared(f"{name}-{hashlib.sha256(words.encode()).hexdigest()[:16]}", make)
+    return folder / name, float((folder / "seconds").read_text())
+
+
+def trained_parent(corpus):
+    """The folder of the parent's run."""
+    return trained("parent", ["--pretrain", "--corpus", corpus, *MODEL, *PARENT_TRAINING, "--steps", PARENT_STEPS])[0]
+
+
 # ---- What a run leaves ---------------------------------------------------------------------------------------------
 
 
@@ -360,13 +404,14 @@ def write_tensors(path, tensors):
 
 
 class SystemTest(unittest.TestCase):
-    """Has a corpus for all tests of the class and a folder for each test."""
+    """Has a corpus, which is shared, a folder for all tests of the class and one for each."""
 
     @classmethod
     def setUpClass(cls):
         cls.home = Path(tempfile.mkdtemp(prefix="regroup-"))
         cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
-        cls.corpus = make_corpus(cls.home)
+        cls.data = shared("data", make_corpus)
+        cls.corpus = cls.data / "corpus"
 
     def setUp(self):
         self.folder = Path(tempfile.mkdtemp(dir=self.home))
@@ -404,6 +449,7 @@ def main():
     parser.add_argument("--mpiexec", default=options.mpiexec, help="the launcher and its flags, as one word")
     parser.add_argument("--device", default=options.device, help="that training and evaluation run on")
     parser.add_argument("--fault-library", type=os.path.abspath, help="regroup_fault_preload, for the fault test")
+    parser.add_argument("--shared", type=os.path.abspath, help="folder of what tests share, emptied before the first")
     parser.add_argument("--kills", type=int, default=options.kills, help="of the resume test")
     parser.add_argument("--seed", type=int, default=options.seed, help="of the moments of the kills")
     _, left = parser.parse_known_args(namespace=options)

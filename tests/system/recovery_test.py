@@ -4,13 +4,11 @@
 import signal
 
 import harness
-from harness import DATA, MODEL, SystemTest, step_directory
+from harness import PARENT_STEPS, PARENT_TRAINING as TRAINING, SystemTest, step_directory
 
-PARENT_STEPS = 60
 ALPHA = 0.6
 STEPS = PARENT_STEPS + round(ALPHA * PARENT_STEPS)
 EVALUATE_EVERY = 4
-TRAINING = [*DATA, "--precision", "fp32", "--warmup", 10, "--learning-rate", 0.1, "--progress-every", 10]
 
 
 class RecoveryTest(SystemTest):
@@ -19,16 +17,13 @@ class RecoveryTest(SystemTest):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.parent, cls.whole = cls.home / "parent", cls.home / "whole"
+        cls.parent, cls.whole = harness.trained_parent(cls.corpus), cls.home / "whole"
         cls.command = ["--uptrain", "--corpus", cls.corpus, "--init-from", cls.parent, *TRAINING, "--kv-groups", 1,
                        "--alpha", ALPHA, "--evaluate-every", EVALUATE_EVERY, "--save-every", 3, "--restart-budget", 0]
-        for arguments in (["--pretrain", "--corpus", cls.corpus, "--run", cls.parent, *MODEL, *TRAINING, "--steps",
-                           PARENT_STEPS],
-                          harness.changed([*cls.command, "--run", cls.whole, "--keep-every", 1],
-                                          "--save-every", EVALUATE_EVERY)):
-            outcome = harness.run(arguments)
-            if outcome.code != 0:
-                raise AssertionError(f"a run failed: {outcome}")
+        outcome = harness.run(harness.changed([*cls.command, "--run", cls.whole, "--keep-every", 1], "--save-every",
+                                              EVALUATE_EVERY))
+        if outcome.code != 0:
+            raise AssertionError(f"the run that goes on failed: {outcome}")
         cls.shares = harness.recovered(cls.whole)
         # The first evaluation better than all before it, but neither the first nor the last of the run.
         steps = sorted(cls.shares)

@@ -10,7 +10,7 @@ import time
 import harness
 from harness import DATA, MODEL, SystemTest, step_directory
 
-STEPS = 60
+STEPS, EMULATED_STEPS = 60, 15
 SAVE_EVERY = 5
 # Dropout on: its masks too must not notice that the process is another one.
 TRAINING = [*MODEL, *DATA, "--steps", STEPS, "--save-every", SAVE_EVERY, "--evaluate-every", 10, "--warmup", 10,
@@ -21,13 +21,9 @@ LAYOUTS = {"dp2": ["--tensor-parallel", 1], "tp2": ["--tensor-parallel", 2]}
 class Reference:
     """An uninterrupted run that keeps every checkpoint."""
 
-    def __init__(self, test, folder, layout, *changes):
-        self.run = folder / f"reference-{layout}"
-        self.command = harness.changed(["--pretrain", "--corpus", test.corpus, *TRAINING, *LAYOUTS[layout]], *changes)
-        outcome = harness.run([*self.command, "--run", self.run, "--keep-every", 1])
-        if outcome.code != 0:
-            raise AssertionError(f"the uninterrupted run failed: {outcome}")
-        self.seconds = outcome.seconds
+    def __init__(self, corpus, layout, *changes):
+        self.command = harness.changed(["--pretrain", "--corpus", corpus, *TRAINING, *LAYOUTS[layout]], *changes)
+        self.run, self.seconds = harness.trained(f"reference-{layout}", [*self.command, "--keep-every", 1])
         self.steps = {step: harness.tree(step_directory(self.run, step)) for step in harness.saved_steps(self.run)}
         self.last = max(self.steps)
 
@@ -38,7 +34,9 @@ class InterruptedRun(SystemTest):
 
     def reference(self, layout):
         if layout not in self.references:
-            self.references[layout] = Reference(self, self.home, layout, *self.changes)
+            # An emulated step takes a second.
+            emulated = () if harness.options.device == "cpu" else ("--steps", EMULATED_STEPS)
+            self.references[layout] = Reference(self.corpus, layout, *self.changes, *emulated)
         return self.references[layout]
 
     @classmethod
@@ -211,20 +209,29 @@ class ContinuationTest(SystemTest):
     """The same run with something changed."""
 
     def command(self, run, steps, *more):
-        return ["--pretrain", "--corpus", self.corpus, "--run", run, *MODEL, *DATA, "--warmup", 10, "--learning-rate",
-                0.1, "--dropout", 0.1, "--precision", "fp32", "--steps", steps, *more]
+        return harness.changed(["--pretrain", "--corpus", self.corpus, *MODEL, *DATA, "--warmup", 10, "--learning-rate",
+                                0.1, "--dropout", 0.1, "--precision", "fp32", "--steps", steps, *more], "--run", run)
 
-    def test_layout_changes_in_between(self):
+    def check_layouts(self, tensor_parallel_of):
         """1 -> 4 -> 2 -> 1 ranks, with optimizer state: the losses of one rank throughout."""
-        self.train(self.command(self.folder / "one", 60), ranks=1)
-        for kind in ("tensor", "data", "both"):
-            run = self.folder / kind
-            for steps, ranks in ((15, 1), (30, 4), (45, 2), (60, 1)):
-                tensor_parallel = {"tensor": ranks, "data": 1, "both": min(ranks, 2)}[kind]
-                outcome = self.train(self.command(run, steps, "--tensor-parallel", tensor_parallel), ranks=ranks)
-                self.assertIn(f"{ranks} ranks = {ranks // tensor_parallel} data-parallel x {tensor_parallel} "
-                              "tensor-parallel", outcome.stderr)
-            self.assert_same_losses(harness.losses(run), harness.losses(self.folder / "one"), 1e-5)
+        part = 3 if harness.options.device != "cpu" else 15  # an emulated step takes a second
+        one, _ = harness.trained("one", self.command(None, 4 * part), ranks=1)
+        run = self.folder / "run"
+        for number, ranks in enumerate((1, 4, 2, 1), 1):
+            tensor_parallel = tensor_parallel_of(ranks)
+            outcome = self.train(self.command(run, number * part, "--tensor-parallel", tensor_parallel), ranks=ranks)
+            self.assertIn(f"{ranks} ranks = {ranks // tensor_parallel} data-parallel x {tensor_parallel} "
+                          "tensor-parallel", outcome.stderr)
+        self.assert_same_losses(harness.losses(run), harness.losses(one), 1e-5)
+
+    def test_tensor_parallel_layouts(self):
+        self.check_layouts(lambda ranks: ranks)
+
+    def test_data_parallel_layouts(self):
+        self.check_layouts(lambda ranks: 1)
+
+    def test_layouts_of_both(self):
+        self.check_layouts(lambda ranks: min(ranks, 2))
 
     def test_more_steps_continue_the_run(self):
         run = self.folder / "run"

@@ -8,11 +8,10 @@ import unittest
 from pathlib import Path
 
 import harness
-from harness import DATA, MODEL, SystemTest, step_directory
+from harness import DATA, MODEL, PARENT_STEPS, SystemTest, step_directory
 from slurm_cluster import NODES, BatchJob, Cluster, kill, missing_programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PARENT_STEPS = 60
 ALPHA = 8
 STEPS = PARENT_STEPS * (1 + ALPHA)
 TRAINING = [*DATA, "--precision", "fp32", "--warmup", 10, "--learning-rate", 0.1, "--evaluate-every", 100]
@@ -51,18 +50,10 @@ class SlurmTest(SystemTest):
         # Fails five times, which takes a while.
         cls.hopeless = BatchJob(cls.cluster, ["--nodes=1", REPOSITORY / "slurm" / "uptrain.sbatch"], {
             **ENVIRONMENT, "CORPUS": "none", "PARENT": "none", "RUN": "none", "TRAINER": "false"}, cls.home)
-        cls.parent = cls.home / "parent"
-        cls.complete(["--pretrain", "--corpus", cls.corpus, "--run", cls.parent, *MODEL, *TRAINING, "--steps",
-                      PARENT_STEPS])
-        cls.undisturbed = cls.home / "undisturbed"
-        cls.complete(["--uptrain", "--config", REPOSITORY / "configs" / "recipes" / "uptrain.cfg", "--init-from",
-                      cls.parent, "--kv-groups", 2, "--corpus", cls.corpus, "--run", cls.undisturbed, *UPTRAINING])
-
-    @classmethod
-    def complete(cls, command):
-        outcome = harness.run(command)
-        if outcome.code != 0:
-            raise AssertionError(f"what jobs are compared with could not be made: {outcome}")
+        cls.parent = harness.trained_parent(cls.corpus)
+        cls.undisturbed, _ = harness.trained("undisturbed", [
+            "--uptrain", "--config", REPOSITORY / "configs" / "recipes" / "uptrain.cfg", "--init-from", cls.parent,
+            "--kv-groups", 2, "--corpus", cls.corpus, *UPTRAINING])
 
     def setUp(self):
         super().setUp()
@@ -96,14 +87,14 @@ class SlurmTest(SystemTest):
             "CORPUS": self.corpus, "RUN": "run", "MODEL": "tiny",
             **(LAUNCHERS[launcher] if launcher else {})}, flags=flags)
 
-    def hold(self, jobs):
-        """Stops the ranks of each job as soon as it has a checkpoint, so that no job ends before something happens to
-        it; the ranks of each."""
+    def hold(self, jobs, begun=harness.saved_steps):
+        """Stops the ranks of each job as soon as begun(its run), by default once it has a checkpoint, so that no job ends
+        before something happens to it; the ranks of each."""
         ranks = {}
 
         def all_held():
             for job in jobs:
-                if job not in ranks and harness.saved_steps(job.run):
+                if job not in ranks and begun(job.run):
                     ranks[job] = job.processes(harness.options.trainer)
                     for pid in ranks[job]:
                         kill(pid, signal.SIGSTOP)
@@ -172,6 +163,11 @@ class SlurmTest(SystemTest):
     def test_cancellation_and_time_limit(self):
         # Slurm looks after limits every 30 seconds, and signals up to a minute earlier than told.
         jobs = [self.pretrain(ENDLESS, launcher, ["--time=1", "--signal=B:USR1@30"]) for launcher in LAUNCHERS]
+        # They train for nothing until then: their ranks are stopped.
+        ranks = self.hold(jobs, lambda run: harness.size_of(run / "metrics.jsonl"))
+        for job in jobs:
+            job.wait_until(lambda job=job: "Got SIGUSR1" in job.log(), "it is signalled before the time limit", SECONDS)
+        self.release(ranks)
         for job in jobs:
             job.wait_until(lambda job=job: job.field("Restarts") == "1", "it is put back at the time limit", SECONDS)
             self.assertRegex(job.log(), r"Got SIGUSR1(?s:.)*saved at step \d+(?s:.)*Exit code 75 after")
@@ -213,7 +209,7 @@ class SlurmTest(SystemTest):
     def test_preparing_data(self):
         for _ in range(2):  # the second finds it complete
             job = self.submit("prepare.sbatch", ["--heldout-fraction", 0.1], {
-                "INPUT": self.home / "text.jsonl", "TOKENIZER": self.home / "tokenizer.model",
+                "INPUT": self.data / "text.jsonl", "TOKENIZER": self.data / "tokenizer.model",
                 "CORPUS": self.folder / "corpus"})
             self.assertEqual(job.wait_for_end(SECONDS), "COMPLETED", job.log())
             self.assertEqual(job.field("Restarts"), "0", job.log() + self.cluster.logs())
