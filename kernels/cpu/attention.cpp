@@ -29,7 +29,8 @@ struct ForwardWorkspace {
   ForwardWorkspace(const Shape& shape, Carver& carver)
       : tile(queries_per_tile<T>(shape.keys)), stride(round_up(shape.keys, kPanel<T>) + kLanes<S>) {
     const index_t depth = round_up(shape.size, kTerms<T>) / kTerms<T>;
-    const index_t keys_padded = round_up(shape.keys, kLanes<S>), columns = round_up(shape.size, kLanes<S>);
+    const index_t keys_padded = round_up(shape.keys, kKeyMultiple<S>),
+                  columns = round_up(shape.size, kLanes<S>);
     keys = carver.take<Unit<T>>(keys_padded * depth);
     values = carver.take<Unit<T>>(keys_padded / kTerms<T> * columns);
     queries = carver.take<Unit<T>>(tile * depth);
@@ -64,7 +65,7 @@ class Forward {
 
   // Packs the keys and values of a group; the heads of the group follow.
   void pack(index_t sample, index_t group) {
-    const index_t padded = round_up(shape_.keys, kLanes<S>);
+    const index_t padded = round_up(shape_.keys, kKeyMultiple<S>);
     keys_ = pack_right_transposed<T>(head_rows<const T>(k_, sample, group, 0), shape_.keys, shape_.size,
                                      padded, work_.keys);
     values_ = pack_right<T>(head_rows<const T>(v_, sample, group, 0), shape_.keys, shape_.size, padded,

@@ -52,7 +52,7 @@ class TileSight {
   // Queries from `query` on, `keys` keys from `key` on (the visible ones of the tile).
   TileSight(bool causal, index_t query, index_t key, index_t keys)
       : keys_(keys),
-        columns_(round_up(keys, kLanes<stat_t<T>>)),
+        columns_(round_up(keys, kKeyMultiple<stat_t<T>>)),
         diagonal_(causal ? query - key : columns_) {}
 
   // Keys that row r sees.
@@ -60,7 +60,7 @@ class TileSight {
   // Whole vectors of columns that hold all that the block of row r sees: what there is of it in the tile.
   index_t columns_of(index_t r) const {
     const index_t seen = r / kRows * kRows + kRows + diagonal_;
-    return std::clamp<index_t>(round_up(seen, kLanes<stat_t<T>>), 0, columns_);
+    return std::clamp<index_t>(round_up(seen, kKeyMultiple<stat_t<T>>), 0, columns_);
   }
   index_t columns() const { return columns_; }
 

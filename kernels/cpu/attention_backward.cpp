@@ -40,7 +40,7 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(const Shape& shape, Carver& carver) {
     const index_t depth = round_up(shape.size, kTerms<T>) / kTerms<T>;
-    const index_t length = round_up(shape.keys, kLanes<S>), columns = round_up(shape.size, kLanes<S>);
+    const index_t length = round_up(shape.keys, kKeyMultiple<S>), columns = round_up(shape.size, kLanes<S>);
     keys = carver.take<Unit<T>>(length * depth);
     values = carver.take<Unit<T>>(length * depth);
     key_rows = carver.take<Unit<T>>(length / kTerms<T> * columns);
@@ -75,8 +75,8 @@ struct Items {
     const index_t groups = std::max<index_t>(1, shape.samples * shape.groups);
     parts = std::clamp<index_t>(round_up(kEnough, groups) / groups, 1, shape.heads_per_group());
     columns = round_up(shape.size, kLanes<S>);
-    sums = 2 * round_up(shape.keys, kLanes<S>) * columns;
-    dbias = round_up(shape.queries + shape.keys - 1 + kLanes<S>, kLanes<S>);
+    sums = 2 * round_up(shape.keys, kKeyMultiple<S>) * columns;
+    dbias = round_up(shape.queries + shape.keys - 1 + kKeyMultiple<S>, kLanes<S>);
     count = shape.samples * shape.groups * parts;
     heads = shape.samples * shape.heads;
   }
@@ -93,7 +93,7 @@ class Backward {
 
   // Keys and values of a group, for heads to follow.
   void pack(index_t sample, index_t group) {
-    const index_t length = round_up(shape_.keys, kLanes<S>);
+    const index_t length = round_up(shape_.keys, kKeyMultiple<S>);
     const auto rows_of = [&](const Tensor& x) { return head_rows<const T>(x, sample, group, 0); };
     keys_ = pack_right_transposed<T>(rows_of(x_.k), shape_.keys, shape_.size, length, work_.keys);
     values_ = pack_right_transposed<T>(rows_of(x_.v), shape_.keys, shape_.size, length, work_.values);

@@ -13,6 +13,9 @@
 namespace regroup::attention {
 
 inline constexpr index_t kRows = 4;
+// Keys come in multiples of this: they are columns of scores and rows of dk and dv.
+template <class S>
+inline constexpr index_t kKeyMultiple = std::max(kLanes<S>, kRows);
 inline constexpr index_t kPanelVectors = kVectorBytes == 64 ? 4 : 2;  // 16 of 32, 8 of 16 registers
 template <class T>
 inline constexpr index_t kPanel = kPanelVectors* kLanes<stat_t<T>>;
