@@ -22,7 +22,7 @@ class Corpus::MappedFile {
  public:
   MappedFile(const std::filesystem::path& path, std::uint64_t expected_bytes) : path_(path) {
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (descriptor < 0) throw UserError("cannot read {}: {}", path.string(), std::strerror(errno));
+    if (descriptor < 0) throw_file_error("read", path, errno);
     struct stat status {};
     const bool regular = ::fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
     size_ = regular ? static_cast<std::uint64_t>(status.st_size) : 0;
@@ -35,7 +35,7 @@ class Corpus::MappedFile {
     if (size_ > 0) data_ = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
     const int error = errno;
     ::close(descriptor);
-    if (data_ == MAP_FAILED) throw SystemError("mmap of {}: {}", path.string(), std::strerror(error));
+    if (data_ == MAP_FAILED) throw_file_error("map", path, error);
   }
   ~MappedFile() {
     if (data_) ::munmap(data_, size_);

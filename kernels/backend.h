@@ -101,7 +101,7 @@ class Backend {
   virtual ~Backend() = default;
 
   // ---- memory
-  // Zeroed memory of the device, aligned to 64 bytes. SystemError where there is not enough.
+  // Zeroed memory of the device, aligned to 64 bytes. UserError where there is not enough.
   virtual Buffer allocate(index_t bytes) = 0;
   // Memory of the host that copies to and from the device are fastest with, aligned to 64 bytes.
   virtual Buffer allocate_host(index_t bytes) { return allocate(bytes); }

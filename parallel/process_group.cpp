@@ -84,7 +84,8 @@ MpiEnvironment::MpiEnvironment() {
   // The default is to end the job inside MPI; errors are to come back and be named.
   check_mpi(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   if (provided < MPI_THREAD_FUNNELED) {
-    throw SystemError("MPI_Init_thread: this MPI library gives no support for programs with threads");
+    throw UserError(
+        "MPI_Init_thread: this MPI library gives no support for programs with threads; use another");
   }
 }
 
@@ -227,15 +228,13 @@ void ProcessGroup::raise_first(const std::vector<std::string>& failures) {
 
 std::string describe_current_exception() {
   try {
-    throw;
+    rethrow_as_error();
   } catch (const UserError& error) {
     return kUserTag + std::string(error.what());
   } catch (const InternalError& error) {
     return kInternalTag + std::string(error.what());
-  } catch (const std::exception& error) {  // SystemError, or the standard library's: out of memory, ...
+  } catch (const Error& error) {
     return kSystemTag + std::string(error.what());
-  } catch (...) {
-    return kInternalTag + std::string("an exception of unknown type");
   }
 }
 

@@ -18,7 +18,7 @@ enum class ReduceOp { kSum, kMax, kMin };
 // main(), where the launcher is absent it is a world of one.
 class MpiEnvironment {
  public:
-  MpiEnvironment();
+  MpiEnvironment();   // UserError where this MPI library cannot do what the program needs
   ~MpiEnvironment();  // finalizes; where an exception is being unwound on a world of several ranks it does
                       // not wait
   MpiEnvironment(const MpiEnvironment&) = delete;
@@ -60,8 +60,8 @@ class ProcessGroup {
   // Root's text, on every rank.
   std::string broadcast(const std::string& text, int root = 0) const;
 
-  // Runs `work` on `root` alone; where it throws there, every rank throws the same UserError (or
-  // SystemError). For things one rank does for all (making a directory): nobody is left waiting.
+  // Runs `work` on `root` alone; where it throws there, every rank throws the same error, as
+  // rethrow_as_error() has it. For things one rank does for all (making a directory): nobody is left waiting.
   template <class Work>
   void run_on(int root, Work&& work) const {
     std::string failure;
@@ -69,7 +69,7 @@ class ProcessGroup {
     raise(broadcast(failure, root));
   }
   // Runs `work` on every rank; where it throws on any, every rank throws the error of the lowest such rank,
-  // and the message names it unless all failed alike.
+  // as run_on() does, and the message names it unless all failed alike.
   template <class Work>
   void run_together(Work&& work) const {
     raise_first(all_gather(failure_of(work)));

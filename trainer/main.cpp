@@ -1,5 +1,6 @@
 // The program: reads options, runs the command, turns an error into one line and an exit code.
 #include <csignal>
+#include <cstdio>
 #include <optional>
 #include <string>
 #include <unistd.h>
@@ -21,20 +22,22 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
     return exit_code;
   };
   try {
-    regroup::Options options;
-    world.run_together([&] {
-      options = regroup::parse_options(arguments);
-      if (options.cpu_level) regroup::limit_cpu_level(*options.cpu_level);
-    });
-    return regroup::run_command(options, world, log);
+    try {
+      regroup::Options options;
+      world.run_together([&] {
+        options = regroup::parse_options(arguments);
+        if (options.cpu_level) regroup::limit_cpu_level(*options.cpu_level);
+      });
+      return regroup::run_command(options, world, log);
+    } catch (...) {
+      regroup::rethrow_as_error();
+    }
   } catch (const regroup::UserError& error) {
     return fail(error.what(), error.on_every_rank(), regroup::kUserFailure);
   } catch (const regroup::InternalError& error) {
     return fail(fmt::format("a bug: {}", error.what()), error.on_every_rank(), regroup::kFailure);
   } catch (const regroup::Error& error) {
     return fail(error.what(), error.on_every_rank(), regroup::kFailure);
-  } catch (const std::exception& error) {
-    return fail(error.what(), false, regroup::kFailure);
   }
 }
 
@@ -55,6 +58,11 @@ void restart_for_openblas(char** argv) {
 int main(int argc, char** argv) {
   restart_for_openblas(argv);
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is then a failed write, which is reported
-  const regroup::MpiEnvironment mpi;
-  return run(std::vector<std::string>(argv + 1, argv + argc), mpi);
+  try {
+    const regroup::MpiEnvironment mpi;
+    return run(std::vector<std::string>(argv + 1, argv + argc), mpi);
+  } catch (const regroup::UserError& error) {  // of MPI itself: there are no ranks yet
+    std::fprintf(stderr, "%s\n", error.what());
+    return regroup::kUserFailure;
+  }
 }

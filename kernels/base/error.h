@@ -25,8 +25,9 @@ class Error : public std::runtime_error {
   bool on_every_rank_ = false;
 };
 
-// Something a user can put right: an option, a file, a tensor of a checkpoint. The message says what is
-// wrong, where (file, line, tensor, option) and what to do, in one line.
+// Something a person has to put right: an option, a file, a tensor of a checkpoint, or what the machine lacks
+// (memory, a device, locks, room on a disk). The same command fails again until then. The message says what
+// is wrong, where (file, line, tensor, option) and what to do, in one line.
 class UserError : public Error {
  public:
   template <class... Args>
@@ -34,7 +35,8 @@ class UserError : public Error {
       : Error(fmt::format(format, std::forward<Args>(args)...)) {}
 };
 
-// A call into the system or a library failed: the call, its subject and the reason it gave.
+// A call into the system or a library failed and may succeed at another time or on another machine: the call,
+// its subject and the reason it gave.
 class SystemError : public Error {
  public:
   template <class... Args>
@@ -65,6 +67,14 @@ To narrow(From value) {
         "the value {} does not fit into {} bits", value, sizeof(To) * 8);
   return result;
 }
+
+// Whether a person has to put right what made a system call fail with this errno: a missing file, a full
+// disk, a limit of the process, locks that a file system does not have.
+bool needs_a_person(int error_code);
+
+// Within a catch block: throws the exception that is being handled, as one of the three. Lack of memory and
+// what needs_a_person() become a UserError; whatever else the standard library throws, a SystemError.
+[[noreturn]] void rethrow_as_error();
 
 // " (did you mean 'x'?)" with the candidate nearest to `word` by edit distance, or "" when none is near.
 std::string did_you_mean(const std::string& word, const std::vector<std::string>& candidates);

@@ -17,37 +17,21 @@
 #include "kernels/base/error.h"
 
 namespace regroup {
+
+void throw_file_error(const char* what, const std::filesystem::path& path, int code) {
+  if (needs_a_person(code)) throw UserError("cannot {} {}: {}", what, path.string(), std::strerror(code));
+  throw SystemError("cannot {} {}: {}", what, path.string(), std::strerror(code));
+}
+
 namespace {
 
 constexpr std::uint64_t kBlock = std::uint64_t{1} << 20;
-
-// Throws what errno `code` means: UserError where a person has to put something right, SystemError where the
-// same call may succeed later or on another machine.
-[[noreturn]] void fail(const char* what, const std::filesystem::path& path, int code) {
-  switch (code) {
-    case ENOSPC:
-    case EDQUOT:
-    case EFBIG:
-    case EROFS:
-    case EACCES:
-    case EPERM:
-    case ENOENT:
-    case EEXIST:
-    case ENOTDIR:
-    case EISDIR:
-    case ELOOP:
-    case ENAMETOOLONG:
-      throw UserError("cannot {} {}: {}", what, path.string(), std::strerror(code));
-    default:
-      throw SystemError("cannot {} {}: {}", what, path.string(), std::strerror(code));
-  }
-}
 
 // Open descriptor that closes itself; for the short-lived uses in this file.
 class Descriptor {
  public:
   Descriptor(const std::filesystem::path& path, int flags) : fd_(::open(path.c_str(), flags | O_CLOEXEC)) {
-    if (fd_ < 0) fail("open", path, errno);
+    if (fd_ < 0) throw_file_error("open", path, errno);
   }
   ~Descriptor() { ::close(fd_); }
   Descriptor(const Descriptor&) = delete;
@@ -78,7 +62,7 @@ std::filesystem::path parent_of(const std::filesystem::path& path) {
 
 InputFile::InputFile(std::filesystem::path path, Caching caching) : path_(std::move(path)) {
   descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor_ < 0) fail("read", path_, errno);
+  if (descriptor_ < 0) throw_file_error("read", path_, errno);
   struct stat status {};
   if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(descriptor_);
@@ -115,7 +99,7 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> bytes) const {
       past_cache = false;
       continue;
     }
-    if (got < 0) fail("read", path_, errno);
+    if (got < 0) throw_file_error("read", path_, errno);
     if (got == 0) {
       throw UserError("{} is truncated: {} bytes at offset {} were expected, it ends at byte {}",
                       path_.string(), bytes.size(), offset, offset + done);
@@ -132,7 +116,7 @@ OutputFile::OutputFile(std::filesystem::path path) : path_(std::move(path)) {
   aside_ = path_;
   aside_ += fmt::format(".{}.partial", ::getpid());
   descriptor_ = ::open(aside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (descriptor_ < 0) fail("write", path_, errno);
+  if (descriptor_ < 0) throw_file_error("write", path_, errno);
 }
 
 OutputFile::~OutputFile() {
@@ -151,7 +135,7 @@ void OutputFile::write(std::span<const std::byte> bytes) {
   while (done < bytes.size()) {
     const ssize_t put = ::write(descriptor_, bytes.data() + done, bytes.size() - done);
     if (put < 0 && errno == EINTR) continue;
-    if (put < 0) fail("write", path_, errno);
+    if (put < 0) throw_file_error("write", path_, errno);
     done += static_cast<std::size_t>(put);
   }
 }
@@ -159,14 +143,14 @@ void OutputFile::write(std::span<const std::byte> bytes) {
 void OutputFile::write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
 
 void OutputFile::commit() {
-  if (::fsync(descriptor_) != 0) fail("write", path_, errno);
+  if (::fsync(descriptor_) != 0) throw_file_error("write", path_, errno);
   ::close(std::exchange(descriptor_, -1));
   rename_durably(aside_, path_);
 }
 
 SharedOutputFile::SharedOutputFile(std::filesystem::path path) : path_(std::move(path)) {
   descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
-  if (descriptor_ < 0) fail("write", path_, errno);
+  if (descriptor_ < 0) throw_file_error("write", path_, errno);
   direct_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_DIRECT);  // or not: then through the cache
 }
 
@@ -195,7 +179,7 @@ void SharedOutputFile::write(std::uint64_t offset, std::span<const std::byte> by
       ::close(std::exchange(direct_, -1));
       continue;
     }
-    if (put < 0) fail("write", path_, errno);
+    if (put < 0) throw_file_error("write", path_, errno);
     done += static_cast<std::size_t>(put);
   }
   // The disk works while the next part is made; a file system that cannot will do it all in sync().
@@ -204,7 +188,7 @@ void SharedOutputFile::write(std::uint64_t offset, std::span<const std::byte> by
 }
 
 void SharedOutputFile::sync() const {
-  if (::fdatasync(descriptor_) != 0) fail("write", path_, errno);
+  if (::fdatasync(descriptor_) != 0) throw_file_error("write", path_, errno);
 }
 
 void create_file(const std::filesystem::path& path, std::uint64_t size) {
@@ -217,12 +201,12 @@ void create_file(const std::filesystem::path& path, std::uint64_t size) {
         path.string(), size, static_cast<std::uint64_t>(limit.rlim_cur));
   }
   const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (descriptor < 0) fail("write", path, errno);
+  if (descriptor < 0) throw_file_error("write", path, errno);
   const int failure = size == 0 ? 0 : reserve(descriptor, size);
   ::close(descriptor);
   if (failure == 0) return;
   ::unlink(path.c_str());
-  fail("write", path, failure);
+  throw_file_error("write", path, failure);
 }
 
 FileLock::FileLock(FileLock&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
@@ -230,14 +214,14 @@ FileLock::FileLock(FileLock&& other) noexcept : descriptor_(std::exchange(other.
 std::optional<FileLock> FileLock::attempt(const std::filesystem::path& path, std::string_view owner) {
   FileLock lock;
   lock.descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-  if (lock.descriptor_ < 0) fail("write", path, errno);
+  if (lock.descriptor_ < 0) throw_file_error("write", path, errno);
   if (::flock(lock.descriptor_, LOCK_EX | LOCK_NB) != 0) {
     if (errno == EWOULDBLOCK) return std::nullopt;
-    fail("lock", path, errno);
+    throw_file_error("lock", path, errno);
   }
   if (::ftruncate(lock.descriptor_, 0) != 0 ||
       ::pwrite(lock.descriptor_, owner.data(), owner.size(), 0) != static_cast<ssize_t>(owner.size())) {
-    fail("write", path, errno);
+    throw_file_error("write", path, errno);
   }
   return lock;
 }
@@ -266,28 +250,28 @@ void write_text(const std::filesystem::path& path, std::string_view text) {
 void sync_to_disk(const std::filesystem::path& path) {
   const Descriptor file(path, O_RDONLY);
   // EINVAL: a file system that cannot flush directories.
-  if (::fsync(file.get()) != 0 && errno != EINVAL) fail("flush", path, errno);
+  if (::fsync(file.get()) != 0 && errno != EINVAL) throw_file_error("flush", path, errno);
 }
 
 void rename_durably(const std::filesystem::path& from, const std::filesystem::path& to) {
   std::error_code error;
   std::filesystem::rename(from, to, error);
-  if (error) fail("rename", from, error.value());
+  if (error) throw_file_error("rename", from, error.value());
   sync_to_disk(parent_of(to));
 }
 
 void remove_tree(const std::filesystem::path& path) {
   std::error_code error;
   std::filesystem::remove_all(path, error);
-  if (error) fail("remove", path, error.value());
+  if (error) throw_file_error("remove", path, error.value());
 }
 
 void create_directories(const std::filesystem::path& path) {
   std::error_code error;
   std::filesystem::create_directories(path, error);
-  if (error || !std::filesystem::is_directory(path)) {
-    throw UserError("cannot create the directory {}: {}", path.string(),
-                    error ? error.message() : "a file of that name is in the way");
+  if (error) throw_file_error("create the directory", path, error.value());
+  if (!std::filesystem::is_directory(path)) {
+    throw UserError("cannot create the directory {}: a file of that name is in the way", path.string());
   }
 }
 

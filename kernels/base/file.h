@@ -14,7 +14,10 @@
 namespace regroup {
 
 // Errors of everything here name the file: UserError where a person has to put something right (missing, no
-// permission, disk full, read-only, a limit), SystemError where the same call may succeed later.
+// permission, disk full, read-only, a limit, no locks), SystemError where the same call may succeed later.
+
+// Throws what a call that failed with errno `code` means: "cannot read /a/file: No such file or directory".
+[[noreturn]] void throw_file_error(const char* what, const std::filesystem::path& path, int code);
 
 inline constexpr std::size_t kDirectAlignment = 4096;  // bytes
 
@@ -123,7 +126,7 @@ void sync_to_disk(const std::filesystem::path& path);
 void remove_tree(const std::filesystem::path& path);
 // Renames and makes the new name durable.
 void rename_durably(const std::filesystem::path& from, const std::filesystem::path& to);
-// Creates `path` and its parents; UserError where that is impossible (read-only, not a directory).
+// Creates `path` and its parents.
 void create_directories(const std::filesystem::path& path);
 
 // XXH3, 64 bits, of the bytes.

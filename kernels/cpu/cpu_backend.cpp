@@ -56,7 +56,13 @@ Buffer CpuBackend::allocate_aligned(index_t bytes, std::size_t alignment) const 
   check(bytes >= 0, "a buffer of {} bytes was asked for", bytes);
   const std::size_t size = (static_cast<std::size_t>(bytes) + alignment) / alignment * alignment;
   void* memory = std::aligned_alloc(alignment, size);
-  if (memory == nullptr) throw SystemError("the host has no {} bytes of memory left", bytes);
+  if (memory == nullptr) {
+    throw UserError(
+        "{} bytes of memory were asked for and this host has not so many: a smaller --micro-batch, "
+        "--recompute "
+        "on or a larger --tensor-parallel needs less",
+        bytes);
+  }
   constexpr std::size_t kPage = 4096;
   if (alignment > kPage) ::madvise(memory, size, MADV_HUGEPAGE);  // or not
   // Each thread touches its part first, so that pages lie near the core that will use them.

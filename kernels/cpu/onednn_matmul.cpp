@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -174,6 +175,11 @@ void OneDnnMatmul::operator()(const Tensor& a, const Tensor& b, const Tensor& c,
   try {
     primitives_->execute(product, a.data, b.data, c.data);
   } catch (const dnnl::error& error) {
+    if (error.status == dnnl_unimplemented) {
+      throw UserError("this oneDNN has no product of {} and {} into {} for this processor", a.describe(),
+                      b.describe(), c.describe());
+    }
+    if (error.status == dnnl_out_of_memory) throw std::bad_alloc();
     throw SystemError("oneDNN: the product of {} and {} into {} failed: {}", a.describe(), b.describe(),
                       c.describe(), error.message);
   }

@@ -69,14 +69,16 @@ Buffer CudaDevice::allocate(index_t bytes) {
   check(bytes >= 0, "a buffer of {} bytes was asked for", bytes);
   void* memory = nullptr;
   const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
-  if (cudaMalloc(&memory, size) != cudaSuccess) {
+  const cudaError_t result = cudaMalloc(&memory, size);
+  if (result == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // or the next check would report it again
-    throw SystemError(
+    throw UserError(
         "{} bytes of GPU memory were asked for and are not there ({}): a smaller --micro-batch, --recompute "
         "on or a "
         "larger --tensor-parallel needs less",
         bytes, describe());
   }
+  check_cuda(result, "cudaMalloc");
   Buffer buffer(memory, bytes, [](void* address) { free_unless_unwinding(cudaFree, address); });
   ++counters_.allocations;
   check_cuda(cudaMemsetAsync(memory, 0, size, stream()), "cudaMemsetAsync");
@@ -86,7 +88,12 @@ Buffer CudaDevice::allocate(index_t bytes) {
 Buffer CudaDevice::allocate_pinned(index_t bytes) {
   void* memory = nullptr;
   const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
-  check_cuda(cudaHostAlloc(&memory, size, cudaHostAllocDefault), "cudaHostAlloc");
+  const cudaError_t result = cudaHostAlloc(&memory, size, cudaHostAllocDefault);
+  if (result == cudaErrorMemoryAllocation) {
+    throw UserError("cudaHostAlloc: this host has not {} bytes of memory left that can be pinned (ulimit -l)",
+                    size);
+  }
+  check_cuda(result, "cudaHostAlloc");
   ++counters_.allocations;
   return Buffer(memory, bytes, [](void* address) { free_unless_unwinding(cudaFreeHost, address); });
 }

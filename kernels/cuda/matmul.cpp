@@ -221,7 +221,10 @@ Plan CublasLtMatmul::Plans::make(const MatmulShape& shape, const Operands& opera
     return plan;
   }
   const auto algorithms = candidates(shape, plan);
-  if (algorithms.empty()) throw SystemError("cuBLASLt has no algorithm for the product {}", name);
+  if (algorithms.empty()) {
+    throw UserError("this cuBLASLt has no algorithm for the product {} on this GPU; use another --precision",
+                    name);
+  }
   plan.algorithm = deterministic_ || algorithms.size() == 1 ? algorithms.front()
                                                             : fastest(shape, plan, operands, algorithms);
   MatmulAlgorithm bits{};
@@ -272,7 +275,7 @@ cublasLtMatmulAlgo_t CublasLtMatmul::Plans::fastest(const MatmulShape& shape, co
   Buffer beside;
   try {
     if (shape.accumulate) beside = device_.allocate(shape.m * shape.c_stride * size_of(shape.c_type));
-  } catch (const SystemError&) {
+  } catch (const UserError&) {
     return algorithms.front();  // no room to measure in
   }
   void* const d = shape.accumulate ? beside.data() : operands.c;

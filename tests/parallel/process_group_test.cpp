@@ -136,6 +136,7 @@ TEST(ProcessGroup, RunOnRaisesTheRootsErrorOnEveryRank) {
             "internal: {braces}");
   EXPECT_EQ(thrown_by([&] { world.run_on(root, [] { throw std::runtime_error("library"); }); }),
             "system: library");
+  EXPECT_EQ(thrown_by([&] { world.run_on(root, [] { throw std::bad_alloc(); }); }).substr(0, 6), "user: ");
   EXPECT_EQ(thrown_by([&] { world.run_on(root, [] { throw 1; }); }),
             "internal: an exception of unknown type");
   EXPECT_EQ(thrown_by([&] { world.run_on(root, [] { throw UserError("{}", ""); }); }), "user: ");

@@ -3,10 +3,10 @@
 //
 //   ACTION@FUNCTION[:N][,rank=R][,path=REGEX][,after=FUNCTION:M]
 //
-// ACTION: kill (SIGKILL to itself), stop (SIGSTOP), or ENOSPC, EIO, EROFS, with which the call fails from
-// then on. FUNCTION: a name below; NAME-after: when the call has been done. N: at the N-th such call (1),
-// counted where the path in question (of rename: the new one; of a descriptor: its file's) contains a match,
-// and after M calls of another function. rank: OMPI_COMM_WORLD_RANK; without it, every rank.
+// ACTION: kill (SIGKILL to itself), stop (SIGSTOP), or ENOSPC, EIO, EROFS, ENOLCK, with which the call fails
+// from then on. FUNCTION: a name below; NAME-after: when the call has been done. N: at the N-th such call
+// (1), counted where the path in question (of rename: the new one; of a descriptor: its file's) contains a
+// match, and after M calls of another function. rank: OMPI_COMM_WORLD_RANK; without it, every rank.
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -20,6 +20,7 @@
 #include <regex>
 #include <stdexcept>
 #include <string>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <type_traits>
 #include <unistd.h>
@@ -28,8 +29,8 @@
 
 namespace {
 
-const std::map<std::string, int> kActions = {
-    {"kill", -SIGKILL}, {"stop", -SIGSTOP}, {"ENOSPC", ENOSPC}, {"EIO", EIO}, {"EROFS", EROFS}};
+const std::map<std::string, int> kActions = {{"kill", -SIGKILL}, {"stop", -SIGSTOP}, {"ENOSPC", ENOSPC},
+                                             {"EIO", EIO},       {"EROFS", EROFS},   {"ENOLCK", ENOLCK}};
 
 // A function and how many of its calls.
 struct Count {
@@ -180,6 +181,11 @@ int fdatasync(int file) {
 int fallocate(int file, int mode, off_t offset, off_t length) {
   return pass<decltype(&::fallocate)>(
       "fallocate", [&] { return path_of(file); }, file, mode, offset, length);
+}
+
+int flock(int file, int operation) noexcept {
+  return pass<decltype(&::flock)>(
+      "flock", [&] { return path_of(file); }, file, operation);
 }
 
 int rename(const char* from, const char* to) noexcept {

@@ -155,7 +155,8 @@ class DiskTest(FaultTest):
         self.begin("tp2")
         for fault in (r"pwrite:1,rank=1,path={step}\.partial/", r"fdatasync:1,rank=1,path={step}\.partial/",
                       r"fsync:1,path={step}\.partial", r"pwrite:1,rank=0,path={step}\.partial/"):
-            self.refused(f"EIO@{fault}", r"Input/output error", codes=(1, harness.USER_ERROR))
+            self.refused(f"EIO@{fault}", r"Input/output error", codes=(1,))
+        self.refused(r"EIO@write:20,path=/metrics\.jsonl", "Input/output error", codes=(1,))
         self.complete()
 
     def test_full_in_a_synchronous_save(self):
@@ -337,6 +338,38 @@ class BudgetTest(FaultTest):
         self.command = limited  # there is a new checkpoint: the count begins anew
         self.meet(before_save)
         self.complete()
+
+
+    KILLED_AT_THE_START = r"kill@open,rank=0,path=/resolved\.cfg"
+
+    def make_mistakes(self):
+        """Starts that a person has to mend, before the first step."""
+        for changes, fault, pattern in (
+                ([], r"ENOSPC@write,rank=0,path=/resolved\.cfg", "resolved.cfg: No space left on device"),
+                ([], r"EROFS@open,rank=0,path=/resolved\.cfg", "resolved.cfg: Read-only file system"),
+                ([], r"ENOLCK@flock,rank=0,path=/\.lock", r"cannot lock .*\.lock: No locks available"),
+                (["--d-model", 2**20, "--d-ff", 2**24], None, "bytes of memory were asked for and this host has not so many")):
+            with self.subTest(f"{changes} {fault}"):
+                outcome = harness.run(changed(self.command, *changes), seconds=harness.SECONDS_TO_FAIL, fault=fault)
+                self.assertEqual(outcome.code, harness.USER_ERROR, outcome)
+                self.assertRegex(outcome.messages[-1][1], pattern)
+
+    def test_mistakes_do_not_count(self):
+        self.begin("dp2")
+        self.command = changed(self.command, "--restart-budget", 2)
+        self.make_mistakes()
+        self.meet(self.KILLED_AT_THE_START)
+        self.make_mistakes()
+        self.complete()
+
+    def test_kills_between_mistakes_count(self):
+        self.begin("dp2")
+        self.command = changed(self.command, "--restart-budget", 2)
+        self.meet(self.KILLED_AT_THE_START)
+        self.make_mistakes()
+        self.meet(self.KILLED_AT_THE_START)
+        self.assert_refused(harness.run(self.command, seconds=harness.SECONDS_TO_FAIL), "the last 2 starts of ",
+                            code=harness.NO_PROGRESS)
 
 
 class OneJobTest(FaultTest):

@@ -50,13 +50,13 @@ std::vector<std::string> names_in(const std::filesystem::path& directory) {
   std::error_code error;
   const bool there = std::filesystem::exists(directory, error);
   // What cannot be looked at is not empty: a run must not begin anew because of it.
-  if (error) throw SystemError("cannot look at {}: {}", directory.string(), error.message());
+  if (error) throw_file_error("look at", directory, error.value());
   if (!there) return names;
   for (std::filesystem::directory_iterator at(directory, error), end; !error && at != end;
        at.increment(error)) {
     names.push_back(at->path().filename().string());
   }
-  if (error) throw UserError("cannot list {}: {}", directory.string(), error.message());
+  if (error) throw_file_error("list", directory, error.value());
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -121,7 +121,7 @@ std::string wrong_size(const std::filesystem::path& directory, const nlohmann::j
     std::error_code error;
     const auto found = std::filesystem::file_size(path, error);
     if (error == std::errc::no_such_file_or_directory) return fmt::format("{} is missing", path.string());
-    if (error) throw SystemError("cannot look at {}: {}", path.string(), error.message());
+    if (error) throw_file_error("look at", path, error.value());
     if (found != expected) {
       return fmt::format("{} is damaged: it has {} bytes, not the {} that were written", path.string(), found,
                          expected);

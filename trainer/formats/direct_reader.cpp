@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 #include <sys/mman.h>
-
-#include "kernels/base/error.h"
 
 namespace regroup {
 namespace {
@@ -18,7 +17,7 @@ DirectReader::DirectReader(const std::filesystem::path& path)
     : file_(path, Caching::kPast),
       // Disks are given few addresses with huge pages.
       memory_(static_cast<std::byte*>(std::aligned_alloc(kHugePage, kStaging + kHugePage))) {
-  if (memory_ == nullptr) throw SystemError("the host has no {} bytes of memory left", kStaging);
+  if (memory_ == nullptr) throw std::bad_alloc();
   ::madvise(memory_.get(), kStaging + kHugePage, MADV_HUGEPAGE);  // or not
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include <zlib.h>
@@ -91,7 +92,7 @@ class Inflater {
  public:
   explicit Inflater(std::string_view where) : where_(where) {
     constexpr int kEitherHeader = 15 + 32;  // of the largest window, gzip's or zlib's
-    if (inflateInit2(&stream_, kEitherHeader) != Z_OK) throw SystemError("inflateInit2: no memory");
+    if (inflateInit2(&stream_, kEitherHeader) != Z_OK) throw std::bad_alloc();
   }
   ~Inflater() { inflateEnd(&stream_); }
   Inflater(const Inflater&) = delete;

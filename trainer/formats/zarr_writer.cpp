@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <new>
 
 #include <zlib.h>
 
@@ -18,7 +19,7 @@ class Deflater {
   explicit Deflater(const SharedOutputFile& file) : file_(file) {
     constexpr int kGzip = 15 + 16, kMemory = 8;
     if (deflateInit2(&stream_, kLevel, Z_DEFLATED, kGzip, kMemory, Z_DEFAULT_STRATEGY) != Z_OK) {
-      throw SystemError("deflateInit2: no memory");
+      throw std::bad_alloc();
     }
   }
   ~Deflater() { deflateEnd(&stream_); }

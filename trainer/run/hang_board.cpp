@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
-#include <cstring>
 #include <fcntl.h>
 #include <string_view>
 #include <unistd.h>
@@ -37,9 +36,7 @@ class Descriptor {
   int value_;
 };
 
-[[noreturn]] void refuse(const std::filesystem::path& file) {
-  throw SystemError("cannot write {}: {}", file.string(), std::strerror(errno));
-}
+[[noreturn]] void refuse(const std::filesystem::path& file) { throw_file_error("write", file, errno); }
 
 }  // namespace
 
@@ -66,7 +63,7 @@ HangBoard::Notices HangBoard::notices() const {
     if (whole) result.suspicious.push_back(rank);
   }
   if (failure && failure != std::errc::no_such_file_or_directory) {
-    throw SystemError("cannot list {}: {}", folder_.string(), failure.message());
+    throw_file_error("list", folder_, failure.value());
   }
   std::sort(result.suspicious.begin(), result.suspicious.end());
   return result;

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "kernels/base/file.h"
 
 namespace regroup {
 namespace {
@@ -84,9 +85,7 @@ std::string to_line(const ordered_json& object) {
 template <class Visit>
 std::uintmax_t visit_lines(const std::filesystem::path& path, const Visit& visit) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) {
-    throw UserError("cannot read the metrics {}: {}", path.string(), std::generic_category().message(errno));
-  }
+  if (!file) throw_file_error("read the metrics", path, errno);
   std::uintmax_t bytes = 0;
   std::string text;
   for (std::int64_t number = 1; std::getline(file, text) && !file.eof(); ++number) {
@@ -107,7 +106,7 @@ void cut_after(const std::filesystem::path& path, std::int64_t step) {
       path, [&](const json&, std::int64_t line_step, const std::string&) { return line_step <= step; });
   std::error_code error;
   std::filesystem::resize_file(path, keep, error);
-  if (error) throw UserError("cannot shorten the metrics {}: {}", path.string(), error.message());
+  if (error) throw_file_error("shorten the metrics", path, error.value());
 }
 
 }  // namespace
@@ -116,10 +115,7 @@ MetricsFile::MetricsFile(std::filesystem::path path, std::optional<std::int64_t>
     : path_(std::move(path)) {
   if (resume_step) cut_after(path_, *resume_step);
   file_.open(path_, std::ios::binary | (resume_step ? std::ios::app : std::ios::trunc));
-  if (!file_) {
-    throw UserError("cannot write the metrics {}: {}", path_.string(),
-                    std::generic_category().message(errno));
-  }
+  if (!file_) throw_file_error("write the metrics", path_, errno);
 }
 
 void MetricsFile::write(const StepMetrics& m) {
@@ -153,10 +149,7 @@ void MetricsFile::write(const EventMetrics& m) {
 
 void MetricsFile::append(std::string_view line) {
   file_.write(line.data(), static_cast<std::streamsize>(line.size())).flush();
-  if (!file_) {
-    throw UserError("cannot write the metrics {}: {}", path_.string(),
-                    std::generic_category().message(errno));
-  }
+  if (!file_) throw_file_error("write the metrics", path_, errno);
 }
 
 MetricsHistory read_metrics(const std::filesystem::path& path) {

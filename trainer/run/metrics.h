@@ -59,7 +59,8 @@ struct EventMetrics {
 // checkpoint, as often as it may be, ends with the train and evaluation lines of the uninterrupted run (up to
 // its timings).
 //
-// Errors: UserError naming the file (and line) where it cannot be written, or is not a metrics file.
+// Errors: as those of kernels/base/file.h where it cannot be written; UserError naming file and line where it
+// is not a metrics file.
 class MetricsFile {
  public:
   // Without `resume_step` the file starts empty. With it, lines of later steps and a torn last line are cut

@@ -32,7 +32,7 @@ class ModelRunner {
     double z_loss = 0;
   };
 
-  // Plans the memory of a step by running the model on a PlanBackend, and allocates it. SystemError where
+  // Plans the memory of a step by running the model on a PlanBackend, and allocates it. UserError where
   // there is not enough. `backend` and `mesh` outlive the runner.
   ModelRunner(Backend& backend, const Mesh& mesh, const ModelConfig& config, const Options& options);
 

@@ -19,7 +19,7 @@ namespace regroup {
 // those of z, the whole of its own heads' part. So one sum over all ranks completes every moment.
 class MomentProbe final : public AttentionProbe {
  public:
-  // `sites`: places in attention_sites(), each once. UserError where d_kv > d_model; SystemError where there
+  // `sites`: places in attention_sites(), each once. UserError where d_kv > d_model or there
   // is not enough memory. `runner` and `mesh` outlive the probe.
   MomentProbe(ModelRunner& runner, const Mesh& mesh, const std::vector<index_t>& sites);
 

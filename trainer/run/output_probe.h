@@ -20,7 +20,7 @@ namespace regroup {
 // the type of statistics over one micro-batch, over micro-batches in float64.
 class OutputProbe final : public AttentionProbe {
  public:
-  // `shared`: of each site the shared value heads, by group [d_kv, d_model]. SystemError where there is not
+  // `shared`: of each site the shared value heads, by group [d_kv, d_model]. UserError where there is not
   // enough memory. `runner` and `mesh` outlive the probe.
   OutputProbe(ModelRunner& runner, const Mesh& mesh, std::span<const SiteConversion> sites,
               std::span<const std::vector<Matrix>> shared);

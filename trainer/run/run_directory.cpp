@@ -23,6 +23,11 @@ index_t noted_starts(const std::filesystem::path& file, index_t step) {
   return json.value("step", nlohmann::json()) == step ? json["starts"].get<index_t>() : 0;
 }
 
+void note_starts(const std::filesystem::path& file, index_t step, index_t starts) {
+  const nlohmann::json noted = {{"step", step}, {"starts", starts}};
+  write_text(file, noted.dump() + "\n");
+}
+
 }  // namespace
 
 RunDirectory::RunDirectory(const ProcessGroup& world, std::filesystem::path path, const Log& log)
@@ -82,18 +87,29 @@ void RunDirectory::lock() {
   }
 }
 
-bool RunDirectory::count_start(index_t step, index_t budget) const {
-  std::vector<std::uint64_t> refused = {0};
+bool RunDirectory::count_start(index_t step, index_t budget) {
+  std::vector<std::uint64_t> told = {0, 0};  // earlier starts, refused
   world_.run_on(0, [&] {
-    const std::filesystem::path file = path_ / kStartsFile;
-    const index_t starts = noted_starts(file, step);
-    refused[0] = budget > 0 && starts >= budget ? 1 : 0;
-    if (refused[0] != 0) return;
-    const nlohmann::json noted = {{"step", step}, {"starts", starts + 1}};
-    write_text(file, noted.dump() + "\n");
+    const index_t starts = noted_starts(path_ / kStartsFile, step);
+    const bool refused = budget > 0 && starts >= budget;
+    if (!refused) note_starts(path_ / kStartsFile, step, starts + 1);
+    told = {static_cast<std::uint64_t>(starts), refused ? 1U : 0U};
   });
-  world_.all_reduce(refused, ReduceOp::kSum);
-  return refused[0] == 0;
+  world_.all_reduce(told, ReduceOp::kSum);
+  counted_step_ = step;
+  earlier_starts_ = static_cast<index_t>(told[0]);
+  return told[1] == 0;
+}
+
+void RunDirectory::forget_start() const noexcept {
+  const std::filesystem::path file = path_ / kStartsFile;
+  try {
+    note_starts(file, counted_step_, earlier_starts_);
+  } catch (const std::exception&) {
+    // The disk may be full, which is what a person mends: then the earlier starts are forgotten too.
+    std::error_code ignored;
+    std::filesystem::remove(file, ignored);
+  }
 }
 
 bool RunDirectory::stop_requested() {

@@ -13,7 +13,8 @@
 
 namespace regroup {
 
-// All members but stop_requested() are collective over the world; UserErrors are the same on every rank.
+// All members but stop_requested() and forget_start() are collective over the world; UserErrors are the same
+// on every rank.
 class RunDirectory {
  public:
   // Creates nothing: what is refused leaves no trace.
@@ -35,7 +36,9 @@ class RunDirectory {
 
   // Notes in starts.json that a job begins to train at `step`. False where `budget` (0: none) starts at this
   // very step have been noted before: something ends every job before it saves.
-  bool count_start(index_t step, index_t budget) const;
+  bool count_start(index_t step, index_t budget);
+  // Takes back the note of the last count_start(): a person mends what ended this start. Any rank, alone.
+  void forget_start() const noexcept;
 
   // Rank 0, at any time: whether the file `stop` is there. Looks at most once a second.
   bool stop_requested();
@@ -51,6 +54,7 @@ class RunDirectory {
   CheckpointStore checkpoints_;
   std::optional<FileLock> lock_;  // rank 0
   bool taken_ = false;
+  index_t counted_step_ = 0, earlier_starts_ = 0;  // of the last count_start()
   std::chrono::steady_clock::time_point next_look_;
 };
 

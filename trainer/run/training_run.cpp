@@ -290,6 +290,19 @@ void TrainingRun::tell_complete() const {
 }
 
 int TrainingRun::run() {
+  try {
+    try {
+      return train();
+    } catch (...) {
+      rethrow_as_error();
+    }
+  } catch (const UserError& error) {
+    if (counted_ && (world_.rank() == 0 || !error.on_every_rank())) directory_.forget_start();
+    throw;
+  }
+}
+
+int TrainingRun::train() {
   const auto draw = [&] { world_.run_on(0, [&] { plot_run(options_.run, options_.until_recovered); }); };
   directory_.take();
   if (directory_.newest() != resumed_step_) choose_start();  // another job had the run until now
@@ -313,12 +326,14 @@ int TrainingRun::run() {
       }
       return kNoProgress;
     }
+    counted_ = true;
   } while (!start());
   while (state_.step < total_steps_ && !recovered()) {
     const index_t before = state_.step;
     train_step();
     if (stop_requested_) return stop();
     if (state_.step <= before) continue;  // rolled back
+    counted_ = false;
     const bool last = state_.step == total_steps_;
     const bool evaluates = options_.evaluate_every > 0 && state_.step % options_.evaluate_every == 0;
     if (last || evaluates) evaluate();

@@ -31,7 +31,8 @@ class TrainingRun {
 
   // kDone: the last step is done and saved, or the share of the conversion's gap that --until-recovered asks
   // for is recovered and that step saved. kStopped: SIGTERM, SIGUSR1, SIGINT or the stop file came, and
-  // everything is saved. kNoProgress: --restart-budget starts came to nothing.
+  // everything is saved. kNoProgress: --restart-budget starts came to nothing. A start that ends with a
+  // UserError before its first step does not count among them.
   int run();
 
   // What was asked for, and what was inherited from the parent or the run being resumed.
@@ -54,6 +55,7 @@ class TrainingRun {
   void note_processor_level();
   void convert_parent();
   bool start();
+  int train();
   bool fall_back(const std::optional<std::string>& damage);
   void make_batches();
   void train_step();
@@ -106,6 +108,7 @@ class TrainingRun {
   std::vector<Batch> micro_batches_;
   double flops_per_step_ = 0, peak_flops_ = 0;  // of all ranks
   bool stop_requested_ = false;
+  bool counted_ = false;   // of this start, until its first step is done: whether it is noted
   index_t rollbacks_ = 0;  // since the last save
 };
 

@@ -227,7 +227,8 @@ void TrainingRun::prepare() {
   mesh_ = std::make_unique<Mesh>(world_, layout_, groups, device.communicators);
   if (!backend_->host_accessible()) log_links(*backend_, *mesh_, log_);
   // Before the model takes its memory.
-  std::array<double, 1> peak = {measure_matmul_peak(*backend_, compute_dtype(options_))};
+  std::array<double, 1> peak{};
+  world_.run_together([&] { peak[0] = measure_matmul_peak(*backend_, compute_dtype(options_)); });
   world_.all_reduce(peak, ReduceOp::kSum);
   peak_flops_ = peak[0];
   log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),

@@ -83,6 +83,23 @@ TEST_F(RunDirectoryTest, StartsWithoutANewCheckpointAreCounted) {
   }
 }
 
+TEST_F(RunDirectoryTest, AStartThatAPersonMendsIsNotCounted) {
+  RunDirectory run(world_, path(), log_);
+  run.take();
+  const auto forget = [&] {
+    world_.barrier();
+    if (world_.rank() == world_.size() - 1) run.forget_start();
+    world_.barrier();
+  };
+  EXPECT_TRUE(run.count_start(100, 2));
+  for (int start = 0; start < 3; ++start) {
+    EXPECT_TRUE(run.count_start(100, 2)) << start;
+    forget();
+  }
+  EXPECT_TRUE(run.count_start(100, 2));
+  EXPECT_FALSE(run.count_start(100, 2)) << "the first one and the last one";
+}
+
 TEST_F(RunDirectoryTest, TheStopFileIsSeenAndRemoved) {
   RunDirectory run(world_, path(), log_);
   run.take();
