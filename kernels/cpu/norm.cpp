@@ -8,7 +8,7 @@ namespace regroup {
 namespace {
 
 template <class T>
-stat_t<T> sum_of_squares(const T* x, index_t size) {
+stat_t<T> squares_of_row(const T* x, index_t size) {
   using S = stat_t<T>;
   S sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -62,7 +62,7 @@ void CpuBackend::do_rms_norm(Tensor x, Tensor weight, Tensor y, Tensor inverse_r
       for (index_t n = begin; n < end; ++n) {
         const T* const row = px + n * columns;
         T* const out = py + n * columns;
-        const S mean = sum_of_squares(row, columns) / static_cast<S>(columns);
+        const S mean = squares_of_row(row, columns) / static_cast<S>(columns);
         const S r = S{1} / std::sqrt(mean + static_cast<S>(epsilon));
         rs[n] = r;
 #pragma omp simd

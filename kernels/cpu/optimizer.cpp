@@ -6,14 +6,14 @@
 namespace regroup {
 namespace {
 
-constexpr index_t kPiece = 512;  // elements summed in S before they join a float64 sum
+constexpr index_t kSummedPiece = 512;  // elements summed in S before they join a float64 sum
 
 // sum_i x_i^2, in float64 over pieces summed in S.
 template <class S>
 double sum_of_squares(const S* x, index_t size) {
   double total = 0;
-  for (index_t piece = 0; piece < size; piece += kPiece) {
-    const index_t last = std::min(size, piece + kPiece);
+  for (index_t piece = 0; piece < size; piece += kSummedPiece) {
+    const index_t last = std::min(size, piece + kSummedPiece);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (index_t i = piece; i < last; ++i) sum += x[i] * x[i];
@@ -26,8 +26,8 @@ double sum_of_squares(const S* x, index_t size) {
 template <class S>
 double sum_of_scaled_squares(const S* x, const S* factor, index_t size) {
   double total = 0;
-  for (index_t piece = 0; piece < size; piece += kPiece) {
-    const index_t last = std::min(size, piece + kPiece);
+  for (index_t piece = 0; piece < size; piece += kSummedPiece) {
+    const index_t last = std::min(size, piece + kSummedPiece);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (index_t i = piece; i < last; ++i) sum += x[i] * x[i] * factor[i];
@@ -40,8 +40,8 @@ double sum_of_scaled_squares(const S* x, const S* factor, index_t size) {
 template <class S>
 double add_squares(const S* x, double* sums, index_t size) {
   double total = 0;
-  for (index_t piece = 0; piece < size; piece += kPiece) {
-    const index_t last = std::min(size, piece + kPiece);
+  for (index_t piece = 0; piece < size; piece += kSummedPiece) {
+    const index_t last = std::min(size, piece + kSummedPiece);
     total += sum_of_squares(x + piece, last - piece);
 #pragma omp simd
     for (index_t i = piece; i < last; ++i) sums[i] += static_cast<double>(x[i] * x[i]);
@@ -53,8 +53,8 @@ double add_squares(const S* x, double* sums, index_t size) {
 template <class S>
 double decay_squares(S* v, const S* g, S beta2, S rest, S epsilon, index_t size) {
   double total = 0;
-  for (index_t piece = 0; piece < size; piece += kPiece) {
-    const index_t last = std::min(size, piece + kPiece);
+  for (index_t piece = 0; piece < size; piece += kSummedPiece) {
+    const index_t last = std::min(size, piece + kSummedPiece);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (index_t i = piece; i < last; ++i) {
