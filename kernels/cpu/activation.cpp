@@ -6,7 +6,7 @@
 namespace regroup {
 namespace {
 
-constexpr index_t kPiece = 1024;  // columns whose dropout factors are on the stack at a time
+constexpr index_t kDropoutPiece = 1024;  // columns whose dropout factors are on the stack at a time
 
 // Calls body(row, first column, columns, factors) for pieces of a [rows, columns] matrix; `factors` holds
 // dropout's factor of each element of the piece, or is null where dropout is off.
@@ -18,10 +18,10 @@ void for_each_piece(int threads, index_t rows, index_t columns, const Dropout& d
       for (index_t row = begin; row < end; ++row) body(row, 0, columns, static_cast<const S*>(nullptr));
       return;
     }
-    alignas(64) S factors[kPiece];
+    alignas(64) S factors[kDropoutPiece];
     for (index_t row = begin; row < end; ++row) {
-      for (index_t column = 0; column < columns; column += kPiece) {
-        const index_t size = std::min(kPiece, columns - column);
+      for (index_t column = 0; column < columns; column += kDropoutPiece) {
+        const index_t size = std::min(kDropoutPiece, columns - column);
         const index_t first = (dropout.first_row + row) * dropout.columns + dropout.first_column + column;
         mask.factors(first, size, factors);
         body(row, column, size, static_cast<const S*>(factors));
