@@ -5,9 +5,9 @@
 #include <set>
 
 #include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -188,11 +188,11 @@ std::string to_json(const Manifest& manifest) {
                          {"bad_lines", statistics.bad_lines},
                          {"empty_documents", statistics.empty_documents}}},
                        {"splits", splits}};
-  return result.dump(2) + "\n";
+  return json_text(result, 2) + "\n";
 }
 
 Manifest parse_manifest(std::string_view text, std::string_view where) {
-  const json value = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const json value = parse_json_or_discard(text);
   if (value.is_discarded()) throw UserError("{} is not JSON; the corpus is damaged, prepare it again", where);
   const Entry entry(value, std::string(where));
   if (entry.text("format") != kFormat) entry.fail("is not the manifest of a corpus");

@@ -6,11 +6,11 @@
 #include <set>
 
 #include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 #include <zlib.h>
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -328,7 +328,7 @@ bool TextReader::next_json(Document& document) {
       continue;
     }
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-    auto value = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    auto value = parse_json_or_discard(line);
     if (value.is_discarded()) {
       count_bad("malformed JSON");
       continue;

@@ -1,5 +1,6 @@
 #include "kernels/base/log.h"
 
+#include <spdlog/logger.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 
 namespace regroup {
@@ -9,5 +10,11 @@ Log::Log(int rank) : rank_(rank) {
       std::make_shared<spdlog::logger>("regroup", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
   logger_->set_pattern(fmt::format("[%H:%M:%S] [rank {}] %^%v%$", rank));
 }
+
+void Log::print_info(const std::string& line) const { logger_->info(line); }
+
+void Log::print_warning(const std::string& line) const { logger_->warn(line); }
+
+void Log::print_error(const std::string& line) const { logger_->error(line); }
 
 }  // namespace regroup

@@ -3,10 +3,14 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <utility>
 
 #include <fmt/format.h>
-#include <spdlog/logger.h>
+
+namespace spdlog {
+class logger;
+}
 
 namespace regroup {
 
@@ -17,19 +21,23 @@ class Log {
 
   template <class... Args>
   void info(fmt::format_string<Args...> format, Args&&... args) const {
-    if (rank_ == 0) logger_->info(fmt::format(format, std::forward<Args>(args)...));
+    if (rank_ == 0) print_info(fmt::format(format, std::forward<Args>(args)...));
   }
   template <class... Args>
   void warning(fmt::format_string<Args...> format, Args&&... args) const {
-    logger_->warn(fmt::format(format, std::forward<Args>(args)...));
+    print_warning(fmt::format(format, std::forward<Args>(args)...));
   }
 
   template <class... Args>
   void error(fmt::format_string<Args...> format, Args&&... args) const {
-    logger_->error(fmt::format(format, std::forward<Args>(args)...));
+    print_error(fmt::format(format, std::forward<Args>(args)...));
   }
 
  private:
+  void print_info(const std::string& line) const;
+  void print_warning(const std::string& line) const;
+  void print_error(const std::string& line) const;
+
   int rank_;
   std::shared_ptr<spdlog::logger> logger_;
 };

@@ -4,8 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include <nlohmann/json.hpp>
-
+#include "kernels/base/json.h"
 #include "kernels/cuda/flash_attention.h"
 #include "kernels/cuda/simple_attention.h"
 #include "kernels/cuda/stopwatch.h"
@@ -174,14 +173,13 @@ std::string AttentionChoice::chosen() const {
   nlohmann::json table = nlohmann::json::object();
   for (const auto& [name, by_cudnn] : named_) table[name] = by_cudnn ? kCudnn : kFlash;
   for (const Entry& entry : entries_) table[name_of(entry.shape)] = entry.by_cudnn ? kCudnn : kFlash;
-  return table.dump(2) + "\n";
+  return json_text(table, 2) + "\n";
 }
 
 void AttentionChoice::choose(const std::string& table) {
   std::map<std::string, bool> named;
   try {
-    for (const auto& [name, choice] :
-         nlohmann::json::parse(table).get<std::map<std::string, std::string>>()) {
+    for (const auto& [name, choice] : parse_json(table).get<std::map<std::string, std::string>>()) {
       if (choice != kCudnn && choice != kFlash) {
         throw UserError("the table of attention kernels has '{}' for the {}, where '{}' or '{}' belongs",
                         choice, name, kFlash, kCudnn);

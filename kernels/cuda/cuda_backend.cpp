@@ -1,7 +1,6 @@
 #include "kernels/cuda/cuda_backend.h"
 
-#include <nlohmann/json.hpp>
-
+#include "kernels/base/json.h"
 #include "kernels/cuda/attention_choice.h"
 #include "kernels/cuda/matmul.h"
 #include "kernels/make_backend.h"
@@ -50,9 +49,9 @@ std::string CudaBackend::device_id() const {
 
 std::string CudaBackend::tuning() const {
   if (deterministic_) return {};
-  return nlohmann::json{{"matmul", nlohmann::json::parse(matmul_->chosen())},
-                        {"attention", nlohmann::json::parse(attention_->chosen())}}
-             .dump(2) +
+  return json_text(nlohmann::json{{"matmul", parse_json(matmul_->chosen())},
+                                  {"attention", parse_json(attention_->chosen())}},
+                   2) +
          "\n";
 }
 
@@ -60,14 +59,14 @@ void CudaBackend::set_tuning(const std::string& text) {
   if (deterministic_) return;
   nlohmann::json tables;
   try {
-    tables = nlohmann::json::parse(text);
+    tables = parse_json(text);
     static_cast<void>(tables.at("matmul"));
     static_cast<void>(tables.at("attention"));
   } catch (const nlohmann::json::exception& error) {
     throw UserError("the tables of measured choices cannot be read: {}", error.what());
   }
   // The first says whether they were measured here.
-  if (matmul_->choose(tables["matmul"].dump())) attention_->choose(tables["attention"].dump());
+  if (matmul_->choose(json_text(tables["matmul"]))) attention_->choose(json_text(tables["attention"]));
 }
 
 void CudaBackend::synchronize() { device_.synchronize(); }

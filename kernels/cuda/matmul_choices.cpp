@@ -3,7 +3,7 @@
 #include <charconv>
 #include <utility>
 
-#include <nlohmann/json.hpp>
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -49,13 +49,14 @@ std::optional<MatmulAlgorithm> MatmulChoices::find(const std::string& shape) con
 std::string MatmulChoices::write() const {
   nlohmann::json products = nlohmann::json::object();
   for (const auto& [shape, algorithm] : algorithms_) products[shape] = hexadecimal(algorithm);
-  return nlohmann::json{{"library", library_}, {"device", device_}, {"products", products}}.dump(2) + "\n";
+  return json_text(nlohmann::json{{"library", library_}, {"device", device_}, {"products", products}}, 2) +
+         "\n";
 }
 
 bool MatmulChoices::read(const std::string& text) {
   std::map<std::string, MatmulAlgorithm> algorithms;
   try {
-    const nlohmann::json table = nlohmann::json::parse(text);
+    const nlohmann::json table = parse_json(text);
     const bool mine = table.at("library").get<std::uint64_t>() == library_ &&
                       table.at("device").get<std::string>() == device_;
     for (const auto& [shape, algorithm] : table.at("products").items()) {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/checkpoint/block_reader.h"
 #include "trainer/checkpoint/block_scatter.h"
 #include "trainer/checkpoint/host_tensors.h"

@@ -9,8 +9,7 @@
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
+#include "kernels/base/json.h"
 #include "trainer/checkpoint/background_job.h"
 #include "trainer/checkpoint/block_gather.h"
 #include "trainer/checkpoint/step_directory.h"

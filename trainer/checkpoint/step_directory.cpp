@@ -7,6 +7,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -33,9 +34,7 @@ std::optional<index_t> step_of(const std::string& name) {
 
 std::string hexadecimal(std::uint64_t value) { return fmt::format("{:016x}", value); }
 
-std::string text_of(const nlohmann::json& json) {
-  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-}
+std::string text_of(const nlohmann::json& json) { return json_text_of_any_bytes(json, 2) + "\n"; }
 
 // Of everything in `state` but the checksum itself.
 std::string own_checksum(nlohmann::json state) {
@@ -76,8 +75,8 @@ std::vector<index_t> steps_in(const std::filesystem::path& directory) {
 template <class Work>
 nlohmann::json ask_root(const ProcessGroup& group, Work&& work) {
   std::string answer;
-  group.run_on(0, [&] { answer = nlohmann::json(work()).dump(); });
-  return nlohmann::json::parse(group.broadcast(answer));
+  group.run_on(0, [&] { answer = json_text(nlohmann::json(work())); });
+  return parse_json(group.broadcast(answer));
 }
 
 // Whether every entry of "files" is {plain name: {"bytes": count, "checksum": text}}.
@@ -106,7 +105,7 @@ StepRecord read_record(const std::filesystem::path& directory) {
   const std::filesystem::path file = directory / kStateFile;
   if (!std::filesystem::exists(file)) return {.damage = fmt::format("{} is missing", file.string())};
   const std::string text = read_text(file, kLimit);
-  auto state = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  auto state = parse_json_or_discard(text);
   const bool intact = state.is_object() && lists_files(state) && state.contains("checksum") &&
                       state["checksum"] == own_checksum(state) && text == text_of(state);
   if (!intact) return {.damage = fmt::format("{} is damaged", file.string())};

@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "trainer/checkpoint/checkpoint_writer.h"
 #include "trainer/commands/commands.h"
 #include "trainer/run/evaluation.h"
@@ -42,7 +43,7 @@ RunState converted_state(const Options& options, const CheckpointSource& source,
   state.converted_loss = report.converted_loss;
   state.conversion = to_json(report.provenance);
   state.identity["mode"] = "convert";
-  state.identity["model"] = nlohmann::json::parse(to_json(report.target));
+  state.identity["model"] = parse_json(to_json(report.target));
   return state;
 }
 

@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 
-#include <nlohmann/json.hpp>
+#include "kernels/base/json.h"
 
 namespace regroup {
 
@@ -47,11 +47,9 @@ LauncherFacts launcher_of(const std::map<std::string, std::string>& environment)
 
 std::string to_json(const RankFacts& facts) {
   // Names of hosts and reasons of the system may be in any encoding.
-  return nlohmann::json(facts).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  return json_text_of_any_bytes(nlohmann::json(facts));
 }
 
-RankFacts rank_facts_from_json(const std::string& text) {
-  return nlohmann::json::parse(text).get<RankFacts>();
-}
+RankFacts rank_facts_from_json(const std::string& text) { return parse_json(text).get<RankFacts>(); }
 
 }  // namespace regroup

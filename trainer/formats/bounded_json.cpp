@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/stored_tensor.h"
 
 namespace regroup {

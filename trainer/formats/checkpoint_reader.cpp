@@ -10,6 +10,7 @@
 #include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/bounded_json.h"
 #include "trainer/formats/safetensors.h"
 #include "trainer/formats/t5x.h"

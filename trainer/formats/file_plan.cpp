@@ -4,9 +4,8 @@
 #include <numeric>
 #include <unordered_map>
 
-#include <nlohmann/json.hpp>
-
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -69,7 +68,7 @@ void add_files(FilePlan& plan, const std::string& stem, std::span<const StoredTe
   }
   if (files.size() > 1) {
     const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
-    plan.indexes.emplace(stem + ".safetensors.index.json", index.dump(2) + "\n");
+    plan.indexes.emplace(stem + ".safetensors.index.json", json_text(index, 2) + "\n");
   }
 }
 

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
-#include <nlohmann/json.hpp>
-
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/model_code.h"
 
 namespace regroup {
@@ -13,7 +12,7 @@ namespace {
 using nlohmann::ordered_json;
 
 ordered_json config_of(const ModelConfig& config, StoredType type) {
-  ordered_json fields = ordered_json::parse(to_json(config));
+  ordered_json fields = parse_ordered_json(to_json(config));
   const char* const name = type == StoredType::kBF16  ? "bfloat16"
                            : type == StoredType::kF16 ? "float16"
                                                       : "float32";
@@ -30,7 +29,7 @@ std::map<std::string, std::string> compact_model_files(const ModelConfig& config
   fields["model_type"] = "regroup_t5";
   fields["auto_map"] = {{"AutoConfig", "modeling_regroup_t5.RegroupT5Config"},
                         {"AutoModelForSeq2SeqLM", "modeling_regroup_t5.RegroupT5ForConditionalGeneration"}};
-  return {{"config.json", fields.dump(2) + "\n"}, {"modeling_regroup_t5.py", std::string(kModelCode)}};
+  return {{"config.json", json_text(fields, 2) + "\n"}, {"modeling_regroup_t5.py", std::string(kModelCode)}};
 }
 
 std::map<std::string, std::string> stock_model_files(const ModelConfig& config, StoredType type) {
@@ -40,12 +39,12 @@ std::map<std::string, std::string> stock_model_files(const ModelConfig& config, 
   ordered_json fields = config_of(config, type);
   fields.erase("num_key_value_heads");
   fields.erase("encoder_num_key_value_heads");
-  return {{"config.json", fields.dump(2) + "\n"}};
+  return {{"config.json", json_text(fields, 2) + "\n"}};
 }
 
 std::string generation_config_text() {
   const ordered_json fields = {{"decoder_start_token_id", 0}, {"eos_token_id", 1}, {"pad_token_id", 0}};
-  return fields.dump(2) + "\n";
+  return json_text(fields, 2) + "\n";
 }
 
 std::string tokenizer_config_text(bool holds_sentinels) {
@@ -59,7 +58,7 @@ std::string tokenizer_config_text(bool holds_sentinels) {
   for (int i = 0; i < kSentinels; ++i) {
     fields["additional_special_tokens"].push_back(fmt::format("<extra_id_{}>", i));
   }
-  return fields.dump(2) + "\n";
+  return json_text(fields, 2) + "\n";
 }
 
 }  // namespace regroup

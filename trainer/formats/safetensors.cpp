@@ -8,9 +8,8 @@
 #include <unordered_set>
 #include <utility>
 
-#include <nlohmann/json.hpp>
-
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/little_endian.h"
 
 namespace regroup {
@@ -218,7 +217,7 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> prefix, st
   const auto* text = reinterpret_cast<const char*>(prefix.data()) + kHeaderLengthBytes;
   HeaderBuilder builder;
   if (length == 0 || text[0] != '{') throw UserError("{}: the header does not begin with '{{'", where);
-  if (!nlohmann::json::sax_parse(text, text + length, &builder)) {
+  if (!read_json({text, length}, builder)) {
     throw UserError("{}: {}", where, builder.failure());
   }
   check_layout(builder.header, kHeaderLengthBytes + length, file_size, where);
@@ -240,7 +239,7 @@ SafetensorsPlan plan_safetensors(std::vector<StoredTensor> tensors, const Metada
   });
   std::unordered_set<std::string> names = {"__metadata__"};
   std::string json = "{";
-  if (!metadata.empty()) json += "\"__metadata__\":" + nlohmann::json(metadata).dump();
+  if (!metadata.empty()) json += "\"__metadata__\":" + json_text(nlohmann::json(metadata));
   std::uint64_t end = 0;
   for (StoredTensor& t : tensors) {
     check(names.insert(t.name).second, "two tensors of a file have the name '{}'", t.name);
@@ -249,8 +248,8 @@ SafetensorsPlan plan_safetensors(std::vector<StoredTensor> tensors, const Metada
     t.begin = end;
     t.end = end += *bytes;
     json += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{},{}]}}",
-                        json.size() > 1 ? "," : "", nlohmann::json(t.name).dump(), name_of(t.type),
-                        nlohmann::json(t.shape).dump(), t.begin, t.end);
+                        json.size() > 1 ? "," : "", json_text(nlohmann::json(t.name)), name_of(t.type),
+                        json_text(nlohmann::json(t.shape)), t.begin, t.end);
   }
   json += '}';
   json.resize((json.size() + kAlignment - 1) / kAlignment * kAlignment, ' ');

@@ -12,6 +12,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/bounded_json.h"
 #include "trainer/formats/names.h"
 

@@ -5,6 +5,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/names.h"
 #include "trainer/formats/t5x.h"
 

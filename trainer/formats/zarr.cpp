@@ -9,6 +9,7 @@
 #include <zlib.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/bounded_json.h"
 
 namespace regroup {

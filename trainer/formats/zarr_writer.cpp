@@ -6,6 +6,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/zarr.h"
 
 namespace regroup {
@@ -125,7 +126,7 @@ std::string to_json(const ZarrMetadata& metadata) {
                                  {"order", "C"},
                                  {"filters", nullptr},
                                  {"dimension_separator", std::string(1, metadata.separator)}};
-  return fields.dump();
+  return json_text(fields);
 }
 
 index_t chunk_count(const ZarrMetadata& metadata) {

@@ -5,8 +5,8 @@
 #include <set>
 
 #include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 
+#include "kernels/base/json.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {
@@ -64,7 +64,7 @@ void validate_sites(const ModelConfig& config) {
 std::string shown(const json& value) {
   if (value.is_structured()) return value.is_array() ? "a list" : "an object";
   constexpr std::size_t kMost = 60;
-  const std::string text = value.dump();
+  const std::string text = json_text(value);
   return text.size() <= kMost ? text : text.substr(0, kMost) + "...";
 }
 
@@ -133,7 +133,7 @@ class Fields {
   void require(const char* name, const json& value, const char* source) const {
     if (has(name) && at(name) != value) {
       throw UserError("{}: \"{}\" is {}, which is not the {} of its \"{}\"", where_, name, shown(at(name)),
-                      value.dump(), source);
+                      json_text(value), source);
     }
   }
   bool is(const char* name, const json& value) const { return has(name) && at(name) == value; }
@@ -301,11 +301,11 @@ std::string to_json(const ModelConfig& config) {
       sites["cross"].push_back(config.cross_groups(layer));
     }
   }
-  return fields.dump(2) + "\n";
+  return json_text(fields, 2) + "\n";
 }
 
 ModelConfig model_config_from_json(const std::string& text, const std::string& where) {
-  const json object = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const json object = parse_json_or_discard(text);
   if (!object.is_object()) throw UserError("{} is not a JSON object", where);
   const Fields fields(object, where);
   ModelConfig config;

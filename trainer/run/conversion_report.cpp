@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -119,7 +120,7 @@ LossPlot conversion_plot(const ConversionReport& report) {
 }
 
 void write_conversion_report(const std::filesystem::path& directory, const ConversionReport& report) {
-  write_text(directory / "conversion.json", to_json(report).dump(2) + "\n");
+  write_text(directory / "conversion.json", json_text(to_json(report), 2) + "\n");
   write_loss_plot(directory / "conversion.svg", conversion_plot(report));
 }
 

@@ -5,7 +5,7 @@
 #include <limits>
 #include <string>
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 #include "trainer/conversion/conversion_plan.h"
 #include "trainer/run/loss_plot.h"

@@ -6,6 +6,8 @@
 
 #include <fmt/core.h>
 
+#include "kernels/base/json.h"
+
 namespace regroup {
 namespace {
 

@@ -4,9 +4,9 @@
 #include <utility>
 
 #include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -104,20 +104,20 @@ class Judgement {
 }  // namespace
 
 std::string to_json(const HangReport& report, const RankPlace& place) {
-  return nlohmann::json{{"host", place.host},
-                        {"pid", place.pid},
-                        {"number", report.number},
-                        {"still", report.still},
-                        {"step", report.state.step},
-                        {"operation", report.state.operation},
-                        {"waits_in", report.state.waits_in},
-                        {"waits", report.state.waits}}
-      .dump(2);
+  return json_text(nlohmann::json{{"host", place.host},
+                                  {"pid", place.pid},
+                                  {"number", report.number},
+                                  {"still", report.still},
+                                  {"step", report.state.step},
+                                  {"operation", report.state.operation},
+                                  {"waits_in", report.state.waits_in},
+                                  {"waits", report.state.waits}},
+                   2);
 }
 
 HangReport hang_report_from_json(const std::string& text, const std::string& where) {
   try {
-    const nlohmann::json json = nlohmann::json::parse(text);
+    const nlohmann::json json = parse_json(text);
     HangReport report;
     json.at("number").get_to(report.number);
     json.at("still").get_to(report.still);

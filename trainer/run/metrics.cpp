@@ -6,10 +6,9 @@
 #include <system_error>
 #include <utility>
 
-#include <nlohmann/json.hpp>
-
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -77,7 +76,7 @@ EventMetrics event_of(const json& line) {
 
 std::string to_line(const ordered_json& object) {
   // Text from outside (a path, a host's message) may not be UTF-8; it must not cost the run its metrics.
-  return object.dump(-1, ' ', false, ordered_json::error_handler_t::replace) + '\n';
+  return json_text_of_any_bytes(object) + '\n';
 }
 
 // Calls visit(object, step, kind) for each line, until it returns false or the file ends. Returns the number
@@ -90,7 +89,7 @@ std::uintmax_t visit_lines(const std::filesystem::path& path, const Visit& visit
   std::string text;
   for (std::int64_t number = 1; std::getline(file, text) && !file.eof(); ++number) {
     try {
-      const json object = json::parse(text);
+      const json object = parse_json(text);
       if (!visit(object, object.at("step").get<std::int64_t>(), object.at("kind").get<std::string>())) break;
     } catch (const json::exception&) {
       throw UserError("{}:{}: not a metrics line; repair it or move the file aside", path.string(), number);

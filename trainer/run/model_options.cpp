@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/base/json.h"
+
 namespace regroup {
 namespace {
 
@@ -143,7 +145,7 @@ nlohmann::json run_identity(const Options& options, const ModelConfig& config, c
                             const RunLength& length) {
   const bool uptraining = options.mode == Mode::kUptrain;
   nlohmann::json all = {{"mode", uptraining ? "uptrain" : "pretrain"},
-                        {"model", nlohmann::json::parse(to_json(config))},
+                        {"model", parse_json(to_json(config))},
                         {"seed", options.seed},
                         {"corpus", fmt::format("{:016x}", corpus.fingerprint())},
                         {"inputs-length", options.inputs_length},

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "trainer/checkpoint/step_directory.h"
 #include "trainer/formats/t5x.h"
 #include "trainer/run/calibration.h"
@@ -46,10 +47,10 @@ std::string checksum_of(const ProcessGroup& world, const CheckpointSource& sourc
   world.run_on(0, [&] {
     nlohmann::json all = nlohmann::json::array();
     for (const auto& file : model_files(source.directory)) all.push_back(file.string());
-    names = all.dump();
+    names = json_text(all);
   });
   std::vector<std::filesystem::path> files;
-  for (const nlohmann::json& name : nlohmann::json::parse(world.broadcast(names))) {
+  for (const nlohmann::json& name : parse_json(world.broadcast(names))) {
     files.emplace_back(name.get<std::string>());
   }
   std::string text;

@@ -4,6 +4,7 @@
 
 #include <fmt/ranges.h>
 
+#include "kernels/base/json.h"
 #include "trainer/checkpoint/host_tensors.h"
 #include "trainer/conversion/regroup.h"
 #include "trainer/formats/checkpoint_reader.h"
@@ -54,7 +55,7 @@ MomentOffsets inherited_moments(const ProcessGroup& world, const CheckpointSourc
       result[parameter] = beginning_of(parent, parameter);
     }
   });
-  return nlohmann::json::parse(world.broadcast(nlohmann::json(result).dump())).get<MomentOffsets>();
+  return parse_json(world.broadcast(json_text(nlohmann::json(result)))).get<MomentOffsets>();
 }
 
 void load_moments(const ProcessGroup& world, Backend& backend, const CheckpointSource& parent,

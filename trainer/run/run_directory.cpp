@@ -4,10 +4,10 @@
 #include <utility>
 
 #include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
 #include "kernels/base/host.h"
+#include "kernels/base/json.h"
 
 namespace regroup {
 namespace {
@@ -18,14 +18,14 @@ constexpr const char* kStartsFile = "starts.json";
 // How many starts at `step` the file tells of; none where it tells of another step, or of nothing.
 index_t noted_starts(const std::filesystem::path& file, index_t step) {
   if (!std::filesystem::exists(file)) return 0;
-  const auto json = nlohmann::json::parse(read_text(file, 1 << 16), nullptr, /*allow_exceptions=*/false);
+  const auto json = parse_json_or_discard(read_text(file, 1 << 16));
   if (!json.is_object() || !json.contains("starts") || !json["starts"].is_number_integer()) return 0;
   return json.value("step", nlohmann::json()) == step ? json["starts"].get<index_t>() : 0;
 }
 
 void note_starts(const std::filesystem::path& file, index_t step, index_t starts) {
   const nlohmann::json noted = {{"step", step}, {"starts", starts}};
-  write_text(file, noted.dump() + "\n");
+  write_text(file, json_text(noted) + "\n");
 }
 
 }  // namespace

@@ -71,12 +71,13 @@ void require_same_identity(const nlohmann::json& saved, const nlohmann::json& as
     if (before.contains(pointer) && before.at(pointer) == value) continue;
     const std::string name = pointer.substr(pointer.rfind('/') + 1);
     differences.push_back(fmt::format("{} was {}, now {}", name,
-                                      before.value(pointer, nlohmann::json(nullptr)).dump(), value.dump()));
+                                      json_text(before.value(pointer, nlohmann::json(nullptr))),
+                                      json_text(value)));
   }
   for (const auto& [pointer, value] : before.items()) {
     if (now.contains(pointer)) continue;
     const std::string name = pointer.substr(pointer.rfind('/') + 1);
-    differences.push_back(fmt::format("{} was {}, now the default", name, value.dump()));
+    differences.push_back(fmt::format("{} was {}, now the default", name, json_text(value)));
   }
   if (differences.empty()) return;
   throw UserError("{} was made by another run: {}; give the old values to resume it, or another --run", where,

@@ -5,8 +5,7 @@
 #include <limits>
 #include <string>
 
-#include <nlohmann/json.hpp>
-
+#include "kernels/base/json.h"
 #include "kernels/dtype.h"
 #include "trainer/optimizer/optimizer.h"
 #include "trainer/run/divergence.h"

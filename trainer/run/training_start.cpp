@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "kernels/matmul_peak.h"
 #include "trainer/checkpoint/checkpoint_loader.h"
 #include "trainer/conversion/regroup.h"

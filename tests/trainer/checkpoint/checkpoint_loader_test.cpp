@@ -6,8 +6,8 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
+#include "kernels/base/json.h"
 #include "kernels/base/random.h"
 #include "kernels/make_backend.h"
 #include "kernels/plan_backend.h"

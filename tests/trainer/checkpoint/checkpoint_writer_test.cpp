@@ -7,9 +7,9 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "kernels/base/random.h"
 #include "kernels/make_backend.h"
 #include "tests/trainer/checkpoint/shared_directory.h"

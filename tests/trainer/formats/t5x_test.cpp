@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "kernels/base/json.h"
 #include "tests/trainer/checkpoint/whole_tensor.h"
 #include "tests/trainer/formats/plain_file.h"
 #include "tests/trainer/run/temporary_directory.h"

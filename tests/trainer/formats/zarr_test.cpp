@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <zlib.h>
 
+#include "kernels/base/json.h"
 #include "tests/trainer/formats/plain_file.h"
 #include "tests/trainer/run/temporary_directory.h"
 #include "trainer/formats/t5x.h"

@@ -3,8 +3,8 @@
 #include <functional>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
+#include "kernels/base/json.h"
 #include "trainer/model/parameters.h"
 
 namespace regroup {

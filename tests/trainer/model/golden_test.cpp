@@ -4,9 +4,9 @@
 #include <map>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "tests/support/devices.h"
 #include "tests/trainer/model/golden_batch.h"
 #include "trainer/formats/checkpoint_reader.h"

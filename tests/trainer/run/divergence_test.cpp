@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "kernels/base/random.h"
 #include "trainer/run/run_state.h"
 

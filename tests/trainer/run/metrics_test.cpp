@@ -5,10 +5,10 @@
 #include <string>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "tests/trainer/run/temporary_directory.h"
 
 namespace regroup {

@@ -7,6 +7,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "tests/trainer/run/temporary_directory.h"
 #include "trainer/run/metrics.h"
 #include "trainer/run/run_reporter.h"
