@@ -425,7 +425,10 @@ std::string help() {
          "  mpirun -n N trainer --MODE [--config FILE]... [--OPTION VALUE]...\n\n"
       << describe_modes(options);
   for (const po::options_description& group : describe_options(options)) out << '\n' << group;
-  out << "\nA configuration file has lines `option = value`, comments after '#', and sections [pretrain], "
+  out << "\nREGROUP_CPU_LEVEL in the environment (portable, avx2, avx512, avx512_bf16) keeps a run from "
+         "instructions "
+         "above that level.\n"
+      << "\nA configuration file has lines `option = value`, comments after '#', and sections [pretrain], "
          "[uptrain], ...\n"
          "whose lines count for that mode only. Where a training mode is given\n"
          "none of --config, --corpus, --model and --init-from, the embedded configs/quickstart.cfg is "

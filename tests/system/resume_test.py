@@ -12,8 +12,9 @@ from harness import DATA, MODEL, SystemTest, step_directory
 
 STEPS, EMULATED_STEPS = 60, 15
 SAVE_EVERY = 5
-# Dropout on: its masks too must not notice that the process is another one.
-TRAINING = [*MODEL, *DATA, "--steps", STEPS, "--save-every", SAVE_EVERY, "--evaluate-every", 10, "--warmup", 10,
+# Dropout on: its masks too must not notice that the process is another one. In bf16, which every processor must do.
+TRAINING = [*MODEL, *DATA, "--precision", "bf16", "--steps", STEPS, "--save-every", SAVE_EVERY, "--evaluate-every", 10,
+            "--warmup", 10,
             "--learning-rate", 0.1, "--dropout", 0.1, "--progress-every", 10, "--restart-budget", 0]
 LAYOUTS = {"dp2": ["--tensor-parallel", 1], "tp2": ["--tensor-parallel", 2]}
 
