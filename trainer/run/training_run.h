@@ -54,6 +54,7 @@ class TrainingRun {
   std::optional<std::string> load();
   void note_processor_level();
   void convert_parent();
+  EventMetrics start_event() const;
   bool start();
   int train();
   bool fall_back(const std::optional<std::string>& damage);
