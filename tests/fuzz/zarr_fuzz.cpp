@@ -1,6 +1,7 @@
 // libFuzzer: whatever a .zarray says and its chunk holds, it is an array that is possible and bytes that fill
 // the chunk, or refused with a UserError of one line. The input: the text of a .zarray, a line feed, the
 // bytes of a chunk.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "trainer/formats/bounded_json.h"
 #include "trainer/formats/zarr.h"
 

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
 #include "tests/trainer/formats/plain_file.h"
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/json.h"
 #include "tests/trainer/checkpoint/shared_directory.h"
 
 namespace regroup {
