@@ -7,4 +7,7 @@ namespace regroup {
 
 std::string host_name();
 
+// What /proc/cpuinfo calls the processor, such as "AMD EPYC 7B13"; "unknown" where it gives no name.
+std::string processor_name();
+
 }  // namespace regroup

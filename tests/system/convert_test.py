@@ -117,7 +117,7 @@ class ConvertTest(SystemTest):
         state = json.loads((step_directory(second, STEPS) / "trainer.json").read_text())
         self.assertEqual(state["conversion"], self.report(converted)["provenance"])
         outcome = self.train(["--report", "--runs", self.parent, converted, second], ranks=1)
-        self.assertIn("| converted | MQA |", outcome.stdout)
+        self.assertRegex(outcome.stdout, r"\| converted +\| MQA +\| calibrated ")
         self.assert_refused(harness.run(["--pretrain", "--corpus", self.corpus, "--run", converted, *MODEL, *TRAINING,
                                          "--steps", 100, "--kv-groups", 1]), "mode was \"convert\"")
 

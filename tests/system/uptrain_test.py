@@ -220,8 +220,8 @@ class UptrainTest(SystemTest):
         for layout in LAYOUTS:
             self.assert_relative(self.evaluate(run, layout)[0], expected, 1e-5, layout)
         report = self.train(["--report", "--runs", run], ranks=1).stdout
-        self.assertIn("| run | GQA-2 uneven |", report)
-        self.assertIn(f"| {2 * HEADS * D_KV * 2} |", report)
+        self.assertRegex(report, r"\| run +\| GQA-2 uneven +\| mean ")
+        self.assertIn(f" {2 * HEADS * D_KV * 2} |", report)
         resumed = harness.run(changed([*tp2, run], "--kv-groups", 1))
         self.assert_refused(resumed, "made by another run: .*num_key_value_heads was 2, now 1")
         more = harness.run(changed([*tp2, self.folder / "more"], "--kv-groups", 4))
@@ -276,26 +276,44 @@ class UptrainTest(SystemTest):
         self.assertEqual({file: harness.digest(step / file) for file in whole}, whole)
 
     def test_report(self):
-        run = self.folder / "gqa"
-        self.uptrain(run, groups=1)
-        outcome = self.train(["--report", "--runs", self.parent, run])
-        rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in outcome.stdout.splitlines()
-                if line.startswith("|")]
-        self.assertEqual(len(rows), 4, outcome)  # title, rule, two runs
-        parent, converted = rows[2:]
-        self.assertEqual(parent[:2], ["parent", "MHA"])
-        self.assertEqual(parent[3], str(PARENT_STEPS))
-        self.assertEqual(converted[:2], ["gqa", "MQA"])
-        self.assertEqual(converted[3], str(STEPS - PARENT_STEPS))
-        losses = harness.evaluations(run)
-        self.assertEqual(converted[4], f"{losses[PARENT_STEPS, 'converted']:.4f}")
-        self.assertEqual(converted[5], f"{losses[STEPS, 'held-out']:.4f}")
-        self.assertEqual(parent[5], f"{harness.evaluations(self.parent)[PARENT_STEPS, 'held-out']:.4f}")
+        mean, mqa, converted = self.folder / "mean", self.folder / "mqa", self.folder / "converted"
+        self.uptrain(mean, groups=2)
+        self.uptrain(mqa, groups=1)
+        self.train(["--convert", "--init-from", self.parent, "--output", converted, "--kv-groups", 2, "--pooling",
+                    "calibrated", "--corpus", self.corpus, "--evaluation-samples", 16, "--precision", "fp32"])
+        outcome = self.train(["--report", "--runs", mqa, mean, converted, self.parent])
+        lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in outcome.stdout.splitlines()
+                 if line.startswith("|")]
+        rows = [dict(zip(lines[0], line)) for line in lines[2:]]
+        # From the parent to the smallest cache; as they were given where that is the same.
+        self.assertEqual([(row["run"], row["attention"], row["pooling"], row["steps"]) for row in rows],
+                         [("parent", "MHA", "-", str(PARENT_STEPS)), ("mean", "GQA-2", "mean", str(STEPS - PARENT_STEPS)),
+                          ("converted", "GQA-2", "calibrated", "0"), ("mqa", "MQA", "mean", str(STEPS - PARENT_STEPS))])
         # Keys and values of one decoder self-attention, bf16.
-        self.assertEqual(parent[7], "-")
-        self.assertEqual(converted[7], f"{100 * harness.recovered(run)[STEPS]:.1f} %")
-        self.assertEqual(parent[8], f"{2 * HEADS * D_KV * 2}")
-        self.assertEqual(converted[8], f"{2 * 1 * D_KV * 2}")
+        self.assertEqual([row["KV bytes"] for row in rows],
+                         [str(2 * groups * D_KV * 2) for groups in (HEADS, 2, 2, 1)])
+        losses, parent_loss = harness.evaluations(mqa), harness.evaluations(self.parent)[PARENT_STEPS, "held-out"]
+        parent, _, regrouped, last = rows
+        self.assertEqual(last["before"], f"{losses[PARENT_STEPS, 'converted']:.4f}")
+        self.assertEqual(last["after"], f"{losses[STEPS, 'held-out']:.4f}")
+        self.assertEqual(last["- parent"], f"{losses[STEPS, 'held-out'] - losses[PARENT_STEPS, 'parent']:+.4f}")
+        self.assertEqual(last["recovered"], f"{100 * harness.recovered(mqa)[STEPS]:.1f} %")
+        self.assertEqual((parent["after"], parent["- parent"], parent["recovered"]), (f"{parent_loss:.4f}", "-", "-"))
+        # A conversion that was not trained on.
+        self.assertEqual((regrouped["after"], regrouped["recovered"], regrouped["tokens/s"]), ("-", "-", "-"))
+        self.assertAlmostEqual(float(regrouped["- parent"]), float(regrouped["before"]) - parent_loss, delta=2e-4)
+        # Who computed it: one line, as it was one machine.
+        self.assertRegex(outcome.stdout, r"\nTrained on .+, fp32: parent, mean, mqa\.\n")
+
+    def test_report_names_the_instruction_set_where_the_run_tells(self):
+        run = self.folder / "run"
+        shutil.copytree(self.parent, run)
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            print(json.dumps({"kind": "event", "step": PARENT_STEPS, "name": "resume", "detail": "",
+                              "processor": "Z80", "cpu_level": "avx2", "precision": "bf16"}), file=file)
+        outcome = self.train(["--report", "--runs", run], ranks=1)
+        self.assertIn("\nTrained on Z80, avx2, bf16: run.\n", outcome.stdout)
+
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ EventMetrics event_of(const json& line) {
   read_field(line, "step", m.step);
   read_field(line, "name", m.name);
   read_field(line, "detail", m.detail);
+  read_field(line, "processor", m.processor);
+  read_field(line, "cpu_level", m.cpu_level);
+  read_field(line, "precision", m.precision);
   return m;
 }
 
@@ -144,7 +147,11 @@ void MetricsFile::write(const EvaluationMetrics& m) {
 }
 
 void MetricsFile::write(const EventMetrics& m) {
-  append(to_line({{"kind", "event"}, {"step", m.step}, {"name", m.name}, {"detail", m.detail}}));
+  ordered_json line = {{"kind", "event"}, {"step", m.step}, {"name", m.name}, {"detail", m.detail}};
+  if (!m.processor.empty()) line["processor"] = m.processor;
+  if (!m.cpu_level.empty()) line["cpu_level"] = m.cpu_level;
+  if (!m.precision.empty()) line["precision"] = m.precision;
+  append(to_line(line));
 }
 
 void MetricsFile::append(std::string_view line) {

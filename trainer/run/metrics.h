@@ -46,6 +46,9 @@ struct EventMetrics {
   std::int64_t step = 0;
   std::string name;
   std::string detail;
+  // Of "start" and "resume": what rank 0 computes on, the level of its instruction set ("avx2", ...), and the
+  // type of its products. Empty: not told, and not in the file.
+  std::string processor = {}, cpu_level = {}, precision = {};
 
   bool operator==(const EventMetrics&) const = default;
 };

@@ -53,6 +53,7 @@ class TrainingRun {
   std::vector<TensorSet> tensor_sets() const;
   std::optional<std::string> load();
   void convert_parent();
+  EventMetrics start_event() const;
   bool start();
   int train();
   bool fall_back(const std::optional<std::string>& damage);

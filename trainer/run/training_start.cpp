@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/base/file.h"
+#include "kernels/base/host.h"
 #include "kernels/matmul_peak.h"
 #include "trainer/checkpoint/checkpoint_loader.h"
 #include "trainer/conversion/regroup.h"
@@ -224,6 +225,22 @@ void TrainingRun::prepare() {
   build();
 }
 
+// Where the run begins or goes on, and on what.
+EventMetrics TrainingRun::start_event() const {
+  EventMetrics event{.step = state_.step,
+                     .name = resuming() ? "resume" : "start",
+                     .detail = state_.parent,
+                     .processor = processor_name(),
+                     .cpu_level = "",  // nobody tells it yet
+                     .precision = options_.precision};
+  if (options_.device == "cuda") {
+    const std::string gpu = backend_->describe();  // its name, then what it has
+    event.processor = gpu.substr(0, gpu.find(','));
+    event.cpu_level.clear();
+  }
+  return event;
+}
+
 // Everything up to the first step: memory, weights, data. False where the checkpoint to resume turned out to
 // be damaged: the run has another start now.
 bool TrainingRun::start() {
@@ -231,7 +248,7 @@ bool TrainingRun::start() {
   if (resuming() && fall_back(load())) return false;
   world_.run_on(0, [&] {
     reporter_ = std::make_unique<RunReporter>(options_.run, resumed_step_, options_.progress_every);
-    reporter_->event({.step = state_.step, .name = resuming() ? "resume" : "start", .detail = state_.parent});
+    reporter_->event(start_event());
     write_text(options_.run / "resolved.cfg", resolved_config(options_));
   });
   if (!resuming() && uptraining()) convert_parent();

@@ -64,7 +64,12 @@ TEST_F(MetricsTest, EveryFieldReadsBackExactly) {
                                         .loss = std::numeric_limits<double>::max(),
                                         .tokens = 12345,
                                         .scores = {{"accuracy", 1.0 / 3.0}, {"rouge-1", 0.1}}};
-  const EventMetrics event = {.step = 4, .name = "resume", .detail = "from \"a\\b\"\nat <here>"};
+  const EventMetrics event = {.step = 4,
+                              .name = "resume",
+                              .detail = "from \"a\\b\"\nat <here>",
+                              .processor = "AMD EPYC",
+                              .cpu_level = "avx2",
+                              .precision = "fp32"};
   {
     MetricsFile file(path_);
     file.write(awkward);
