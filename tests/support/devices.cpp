@@ -29,8 +29,7 @@ std::optional<CpuLevel> limited_cpu_level() {
 
 std::unique_ptr<Backend> make_test_backend(DeviceKind device, int threads) {
   static const std::optional<CpuLevel> level = limited_cpu_level();
-  return make_backend(
-      {.device = device, .threads = threads, .cpu_level = level, .deterministic = true});
+  return make_backend({.device = device, .threads = threads, .cpu_level = level, .deterministic = true});
 }
 
 std::vector<std::unique_ptr<Backend>> backends_of_equal_bits(DeviceKind device) {
