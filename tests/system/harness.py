@@ -377,7 +377,7 @@ def events(run_folder, name):
 def is_report(message):
     """Whether a line of the program is one of those that a run prints before anything can go wrong with it."""
     return re.match(r"configuration:|  \S+ = |[\d,]+ parameters; |matmul peak|held-out loss|resuming |step \d+: (?:saved|held-out) |"
-                    r"read \d+ documents|left out \d+|  \S+:\d+: ", message) is not None
+                    r"read \d+ documents|left out \d+|  \S+:\d+: |this processor does not multiply bfloat16", message) is not None
 
 
 def read_tensors(path):
