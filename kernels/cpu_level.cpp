@@ -1,13 +1,11 @@
 #include "kernels/cpu_level.h"
 
-#include <algorithm>
 #include <array>
 #include <string>
 
 #include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
-#include "kernels/cpu/onednn_matmul.h"
 
 namespace regroup {
 namespace {
@@ -16,12 +14,6 @@ constexpr std::array kNames = {std::pair{CpuLevel::kPortable, std::string_view("
                                std::pair{CpuLevel::kAvx2, std::string_view("avx2")},
                                std::pair{CpuLevel::kAvx512, std::string_view("avx512")},
                                std::pair{CpuLevel::kAvx512Bf16, std::string_view("avx512_bf16")}};
-
-std::vector<std::string_view> names_of(const std::vector<CpuLevel>& levels) {
-  std::vector<std::string_view> names;
-  for (const CpuLevel level : levels) names.push_back(name_of(level));
-  return names;
-}
 
 }  // namespace
 
@@ -35,21 +27,6 @@ CpuLevel cpu_level_from_string(std::string_view name) {
   }
   throw UserError("there is no processor level '{}'{}; use one of {}", name,
                   did_you_mean(std::string(name), legal), fmt::join(legal, ", "));
-}
-
-bool processor_multiplies_bfloat16(CpuLevel level) {
-  return level >= CpuLevel::kAvx512Bf16 && OneDnnMatmul::multiplies_bfloat16();
-}
-
-CpuLevel highest_cpu_level() { return usable_cpu_levels().back(); }
-
-void limit_cpu_level(CpuLevel level) {
-  const std::vector<CpuLevel>& usable = usable_cpu_levels();
-  if (std::find(usable.begin(), usable.end(), level) == usable.end()) {
-    throw UserError("this processor does not run the level {}; use one of {}", name_of(level),
-                    fmt::join(names_of(usable), ", "));
-  }
-  limit_onednn(level);
 }
 
 std::string_view openblas_core_type(CpuLevel level) {

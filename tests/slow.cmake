@@ -41,15 +41,4 @@ if(REGROUP_SANITIZE)
   # The same code once more, on other threads.
   regroup_slow(ops_test "*SameBits*")
   regroup_slow(layout_test "*SameBits*")
-  # Bounds of the emulated GPU's memory, and its gradients and layouts, are the release build's to check: guard pages lie
-  # around every allocation there. The sanitizers see every byte, for which the shapes whose tiles have tails will do.
-  regroup_slow(ops_test_emulated EXCEPT "Devices/*" "LargerOps/*.AgreesWithTheReference/*"
-    "*/AttentionTest.AgreesWithTheDefinition/*_Q77_K300_*" "*/AttentionTest.AgreesWithTheDefinition/*_Q70_K70_*"
-    "*/AttentionTest.BFloat16*/*_Q150_K133_*" "*/AttentionTest.BFloat16*/*_Q129_K70_*" "*/AttentionTest.BFloat16*/*_C72_*"
-    "*/MatmulTest.AgreesWithANaiveProduct/*_M16_N33_K24_strided")
-  regroup_slow(wgmma_attention_test_emulated EXCEPT "*_Q150_K133_*" "*_Q129_K70_*" "*_C72_*")
-  regroup_slow(golden_test_emulated EXCEPT "*uneven*")
-  regroup_slow(calibration_test_emulated "*")
-  regroup_slow(layout_test_emulated "*")
-  regroup_slow(layout_test_emulated.r4 "*")
 endif()
