@@ -11,6 +11,7 @@
 // except allocate().
 #pragma once
 
+#include <optional>
 #include <span>
 
 #include "kernels/base/random.h"
@@ -112,6 +113,8 @@ class Backend {
   virtual void copy_to_host(Tensor tensor, void* host) = 0;
   // Whether the host may read and write tensors of this device itself.
   virtual bool host_accessible() const { return true; }
+  // Bytes that allocate() may still give; nothing where the device does not know.
+  virtual std::optional<index_t> free_bytes() const { return std::nullopt; }
   // The device in words, for the log.
   virtual std::string describe() const = 0;
   // Whether the device multiplies bfloat16 in hardware. Where it does not, products of bfloat16 are made of
@@ -119,6 +122,8 @@ class Backend {
   virtual bool multiplies_bfloat16() const { return true; }
   // The same for two backends on one device with memory of its own, and for no others; empty on the CPU.
   virtual std::string device_id() const { return {}; }
+  // Where the device is on the host's PCI bus, as the kernel writes it, "0000:3b:00.0"; empty on the CPU.
+  virtual std::string bus_id() const { return {}; }
   // The most elements of an intermediate that is made and used in pieces: large enough for fast products,
   // small enough for the device's memory and caches.
   virtual index_t piece_elements() const { return index_t{1} << 24; }

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <utility>
+#include <vector>
 
 namespace regroup {
 namespace {
@@ -39,24 +40,37 @@ Communicator::Communicator(std::string name, int rank, int size)
   check(size >= 1 && 0 <= rank && rank < size, "{}: rank {} of {} ranks", name_, rank, size);
 }
 
+// Calls work() with the tensors that have elements, where there are such and another rank to move them to.
 template <class Work>
-void Communicator::move(const std::string& what, const Tensor& x, Work&& work) {
-  check(x.is_contiguous(), "{} of {}, which is not dense", what, x.describe());
-  if (size_ == 1 || x.numel() == 0) return;
-  check(static_cast<bool>(x), "{} of {} without memory", what, x.describe());
+void Communicator::move(const std::string& what, std::span<const Tensor> xs, Work&& work) {
+  std::vector<Tensor> moved;
+  for (const Tensor& x : xs) {
+    check(x.is_contiguous(), "{} of {}, which is not dense", what, x.describe());
+    if (size_ == 1 || x.numel() == 0) continue;
+    check(static_cast<bool>(x), "{} of {} without memory", what, x.describe());
+    moved.push_back(x);
+  }
+  if (moved.empty()) return;
   const Heartbeat::Wait wait(*heartbeat_, what);
   const auto start = Clock::now();
-  work();
+  work(moved);
   seconds_ += seconds_since(start);
-  bytes_ += static_cast<double>(x.bytes());
+  for (const Tensor& x : moved) bytes_ += static_cast<double>(x.bytes());
 }
 
 void Communicator::all_reduce(Tensor x, ReduceOp op) {
-  move(all_reduce_, x, [&] { do_all_reduce(x, op); });
+  move(all_reduce_, {&x, 1}, [&](const auto&) { do_all_reduce(x, op); });
+}
+
+void Communicator::all_reduce(std::span<const Tensor> xs, ReduceOp op) {
+  move(all_reduce_, xs, [&](const std::vector<Tensor>& moved) { do_all_reduce(moved, op); });
+}
+void Communicator::do_all_reduce(std::span<const Tensor> xs, ReduceOp op) {
+  for (const Tensor& x : xs) do_all_reduce(x, op);
 }
 
 void Communicator::start_all_reduce(Tensor x, ReduceOp op) {
-  move(all_reduce_, x, [&] { do_start_all_reduce(x, op); });
+  move(all_reduce_, {&x, 1}, [&](const auto&) { do_start_all_reduce(x, op); });
 }
 
 void Communicator::finish() {
@@ -69,7 +83,7 @@ void Communicator::finish() {
 
 void Communicator::broadcast(Tensor x, int root) {
   check(0 <= root && root < size_, "{}: broadcast from rank {} of {}", name_, root, size_);
-  move(broadcast_, x, [&] { do_broadcast(x, root); });
+  move(broadcast_, {&x, 1}, [&](const auto&) { do_broadcast(x, root); });
 }
 
 std::unique_ptr<Communicator> make_plan_communicator(std::string name, int rank, int size) {

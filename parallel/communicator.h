@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/tensor.h"
@@ -12,8 +13,8 @@ namespace regroup {
 
 // Every member is collective and in place, works on dense tensors, and for size 1 is an exact no-op. It takes
 // its place among the device's ops: it sees what was issued before, and what is issued later sees its result.
-// The same ranks with the same values give the same bits on every call and on every rank. bfloat16 is summed
-// in float32 and rounded once (NCCL: rounded by every rank that adds).
+// The same ranks with the same values give the same bits on every rank, and on every call (NCCL: where it is
+// deterministic). bfloat16 is summed in float32 and rounded once (NCCL: rounded by every rank that adds).
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -23,6 +24,8 @@ class Communicator {
   const std::string& name() const { return name_; }  // "tp", "dp", ...: for messages
 
   void all_reduce(Tensor x, ReduceOp op = ReduceOp::kSum);
+  // The same of several tensors, which may travel as one.
+  void all_reduce(std::span<const Tensor> xs, ReduceOp op = ReduceOp::kSum);
   void broadcast(Tensor x, int root);
 
   // all_reduce() in two halves: it may run beside the ops issued until finish(), none of which may touch x.
@@ -44,12 +47,13 @@ class Communicator {
 
  private:
   virtual void do_all_reduce(Tensor x, ReduceOp op) = 0;
+  virtual void do_all_reduce(std::span<const Tensor> xs, ReduceOp op);
   virtual void do_start_all_reduce(Tensor x, ReduceOp op) { do_all_reduce(x, op); }
   virtual void do_finish() {}
   virtual void do_broadcast(Tensor x, int root) = 0;
 
   template <class Work>
-  void move(const std::string& what, const Tensor& x, Work&& work);
+  void move(const std::string& what, std::span<const Tensor> xs, Work&& work);
 
   std::shared_ptr<Heartbeat> heartbeat_;
   std::string name_, all_reduce_, broadcast_;  // "tp", "tp all_reduce", "tp broadcast"

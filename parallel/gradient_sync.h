@@ -1,6 +1,7 @@
 // Summing gradients over ranks, each part as soon as backward is done with it.
 #pragma once
 
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -26,9 +27,11 @@ class GradientSync {
   // The gradients that lie in `part`, dense, are those of the whole step on this rank: their sums begin, and
   // may run beside what is issued until finish(). Collective.
   void start(Tensor part) const {
+    std::map<index_t, std::vector<Tensor>> by_groups;
     for (const KvGradient& kv : kv_gradients_) {
-      if (overlaps(kv.gradient, part)) mesh_.kv_replicas(kv.kv_groups).all_reduce(kv.gradient);
+      if (overlaps(kv.gradient, part)) by_groups[kv.kv_groups].push_back(kv.gradient);
     }
+    for (const auto& [groups, gradients] : by_groups) mesh_.kv_replicas(groups).all_reduce(gradients);
     mesh_.dp().start_all_reduce(part);
   }
   // What was started is summed for all that is issued from here on.

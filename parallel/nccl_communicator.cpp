@@ -1,12 +1,9 @@
 #include "parallel/nccl_communicator.h"
 
 #include <array>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <nccl.h>
-#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -15,12 +12,9 @@
 namespace regroup {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 void check_nccl(ncclResult_t result, const char* call) {
-  // In progress: a non-blocking communicator has taken the call and goes on with it in the background.
-  if (result == ncclSuccess || result == ncclInProgress) return;
-  throw SystemError("{} failed: {} ({})", call, ncclGetErrorString(result), ncclGetLastError(nullptr));
+  if (result != ncclSuccess)
+    throw SystemError("{} failed: {} ({})", call, ncclGetErrorString(result), ncclGetLastError(nullptr));
 }
 
 ncclDataType_t nccl_type(DType dtype) {
@@ -52,9 +46,12 @@ ncclRedOp_t nccl_op(ReduceOp op) {
 // Waits for the other ranks, who may never come while an exception unwinds this one.
 struct ReleaseCommunicator {
   void operator()(ncclComm_t communicator) const noexcept {
-    if (std::uncaught_exceptions() == 0) ncclCommDestroy(communicator);
+    if (!is_unwinding()) ncclCommDestroy(communicator);
   }
 };
+
+// Sets a variable of the environment unless the user has.
+void set_default(const char* variable, const char* value) { setenv(variable, value, /*overwrite=*/0); }
 
 class NcclCommunicator final : public Communicator {
  public:
@@ -79,8 +76,11 @@ class NcclCommunicator final : public Communicator {
  private:
   // What fails here fails on this rank first: it throws at once, and main() ends the others, who wait for it.
   void connect(const ProcessGroup& group) {
-    setenv("NCCL_NVLS_ENABLE", "0", 0);  // sums in the switch are not the same in every call
+    // The gradients' sums run beside others of another communicator. On the device all must run in one order,
+    // which is the order of the host's calls, the same on every rank.
+    set_default("NCCL_LAUNCH_ORDER_IMPLICIT", "1");
     if (options_.deterministic) {
+      set_default("NCCL_NVLS_ENABLE", "0");
       setenv("NCCL_ALGO", "Ring", 1);
       setenv("NCCL_PROTO", "Simple", 1);
     }
@@ -89,32 +89,34 @@ class NcclCommunicator final : public Communicator {
     const std::string bytes = group.broadcast(std::string(id.internal, sizeof(id.internal)));
     std::memcpy(id.internal, bytes.data(), sizeof(id.internal));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
     config.commName = name().c_str();
     const Heartbeat::Wait wait(heartbeat(), "the start of NCCL");
     ncclComm_t communicator = nullptr;
     check_nccl(ncclCommInitRankConfig(&communicator, size(), id, rank(), &config), "ncclCommInitRankConfig");
     communicator_.reset(communicator);
-    settle();
   }
 
-  // SystemError naming rank, axis and the last collective. A communicator that has failed cannot be released:
-  // that waits for the ranks that are late or gone. It is left to the end of the process.
+  // SystemError naming rank, axis and the last collective. Told before the communicator is aborted, which
+  // ends what it left on the device and may wait for it.
   template <class... Args>
   [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {
-    communicator_.release();
-    throw SystemError("{} rank {} of {}, last collective {}: {}", name(), rank(), size(), last_,
+    SystemError error("{} rank {} of {}, last collective {}: {}", name(), rank(), size(), last_,
                       fmt::format(format, std::forward<Args>(args)...));
+    options_.log.error("{}", error.what());
+    error.set_told();
+    ncclCommAbort(communicator_.release());
+    throw error;
   }
 
-  ncclResult_t require_health(ncclResult_t state) {
-    if (state == ncclSuccess || state == ncclInProgress) return state;
-    fail("NCCL failed: {} ({})", ncclGetErrorString(state), ncclGetLastError(communicator_.get()));
+  void require_health(ncclResult_t state) {
+    if (state == ncclSuccess) return;
+    const std::string reason = ncclGetLastError(communicator_.get());
+    fail("NCCL failed: {} ({})", ncclGetErrorString(state), reason);
   }
 
-  // Called with the seconds that the host has waited for the device or for NCCL.
-  ncclResult_t watch(double seconds) {
-    if (communicator_ == nullptr) return ncclSuccess;  // has failed, and said so
+  // Called with the seconds that the host has waited for the device.
+  void watch(double seconds) {
+    if (communicator_ == nullptr) return;  // has failed, and said so
     ncclResult_t state = ncclSuccess;
     check_nccl(ncclCommGetAsyncError(communicator_.get(), &state), "ncclCommGetAsyncError");
     require_health(state);
@@ -124,37 +126,39 @@ class NcclCommunicator final : public Communicator {
           "is down",
           seconds);
     }
-    return state;
-  }
-
-  // Waits until the communicator has taken what it was last given.
-  void settle() {
-    const auto start = Clock::now();
-    while (watch(std::chrono::duration<double>(Clock::now() - start).count()) == ncclInProgress) {
-      std::this_thread::yield();
-    }
   }
 
   // The collective's stream goes on after what the compute stream was given so far.
   template <class Issue>
-  void issue(const char* what, const Tensor& x, Issue&& collective) {
+  void issue(const char* what, std::span<const Tensor> xs, Issue&& collective) {
+    check(communicator_ != nullptr, "{} of {} after a failure", what, name());
     // Behind a collective that hangs the device's queue would fill up, and a launch then blocks where nobody
     // watches.
     CudaEvent& passed = passed_[static_cast<std::size_t>(collectives_) % passed_.size()];
     device_.wait_for(passed.get());
-    last_ = fmt::format("number {}, {} of {}", ++collectives_, what, x.describe());
+    last_ = fmt::format("number {}, {} of {}", ++collectives_, what, xs.front().describe());
+    if (xs.size() > 1) last_ += fmt::format(" and {} more", xs.size() - 1);
     check_cuda(cudaEventRecord(issued_.get(), device_.stream()), "cudaEventRecord");
     check_cuda(cudaStreamWaitEvent(stream_.get(), issued_.get(), 0), "cudaStreamWaitEvent");
     require_health(collective());
-    settle();
     check_cuda(cudaEventRecord(passed.get(), stream_.get()), "cudaEventRecord");
   }
 
+  ncclResult_t begin_sum(const Tensor& x, ReduceOp op) {
+    return ncclAllReduce(x.data, x.data, static_cast<std::size_t>(x.numel()), nccl_type(x.dtype), nccl_op(op),
+                         communicator_.get(), stream_.get());
+  }
   void do_start_all_reduce(Tensor x, ReduceOp op) override {
-    issue("all_reduce", x, [&] {
-      return ncclAllReduce(x.data, x.data, static_cast<std::size_t>(x.numel()), nccl_type(x.dtype),
-                           nccl_op(op), communicator_.get(), stream_.get());
+    issue("all_reduce", {&x, 1}, [&] { return begin_sum(x, op); });
+  }
+  void do_all_reduce(std::span<const Tensor> xs, ReduceOp op) override {
+    issue("all_reduce", xs, [&] {
+      ncclResult_t result = ncclGroupStart();
+      for (const Tensor& x : xs) result = result == ncclSuccess ? begin_sum(x, op) : result;
+      const ncclResult_t end = ncclGroupEnd();
+      return result == ncclSuccess ? end : result;
     });
+    do_finish();
   }
   void do_finish() override {
     if (size() == 1) return;
@@ -166,7 +170,7 @@ class NcclCommunicator final : public Communicator {
     do_finish();
   }
   void do_broadcast(Tensor x, int root) override {
-    issue("broadcast", x, [&] {
+    issue("broadcast", {&x, 1}, [&] {
       return ncclBroadcast(x.data, x.data, static_cast<std::size_t>(x.numel()), nccl_type(x.dtype), root,
                            communicator_.get(), stream_.get());
     });

@@ -203,6 +203,12 @@ std::string ProcessGroup::broadcast(const std::string& text, int root) const {
   return result;
 }
 
+double ProcessGroup::broadcast(double number, int root) const {
+  const Heartbeat::Wait wait(*heartbeat_, "broadcast");
+  check_mpi(MPI_Bcast(&number, 1, MPI_DOUBLE, root, handle_->get()), "MPI_Bcast");
+  return number;
+}
+
 void ProcessGroup::raise(const std::string& failure) {
   if (failure.empty()) return;
   const auto raise_as = [&failure]<class E>(std::type_identity<E>) {

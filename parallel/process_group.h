@@ -57,8 +57,9 @@ class ProcessGroup {
   // `receive_bytes[r]` come from it. All of one rank's together are less than 2 GiB.
   void all_to_all(const std::byte* send, std::span<const std::uint64_t> send_bytes, std::byte* receive,
                   std::span<const std::uint64_t> receive_bytes) const;
-  // Root's text, on every rank.
+  // Root's text or number, on every rank.
   std::string broadcast(const std::string& text, int root = 0) const;
+  double broadcast(double number, int root = 0) const;
 
   // Runs `work` on `root` alone; where it throws there, every rank throws the same error, as
   // rethrow_as_error() has it. For things one rank does for all (making a directory): nobody is left waiting.

@@ -53,10 +53,11 @@ choose_launcher() {
   export OMP_NUM_THREADS="$threads"
   case "$launcher" in
     srun)
+      # block:block: a node's ranks fill one socket after the other, as its GPUs do, of which rank r takes number r.
       # Once a rank is gone the others have 30 seconds to follow. --kill-on-bad-exit=1 would be faster where a rank
       # was killed, but kills ranks that are about to exit, and their codes 2, 75 and 77 with them.
       launch=(srun --mpi=pmix --export=ALL --ntasks="$ranks" --cpus-per-task="$cpus" --cpu-bind=cores
-        --kill-on-bad-exit=0 --wait=30)
+        --distribution=block:block --kill-on-bad-exit=0 --wait=30)
       ;;
     mpirun)
       # By default mpirun binds a rank with all its threads to one core. A core for each thread, where the cores that

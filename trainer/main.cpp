@@ -16,9 +16,10 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
   const regroup::Log log(world.rank());
   // What every rank knows is told once, and all leave in good order; what only this rank knows ends the
   // others.
-  const auto fail = [&](const std::string& message, bool on_every_rank, int exit_code) {
-    if (!on_every_rank || world.rank() == 0) log.error("{}", message);
-    if (!on_every_rank && world.size() > 1) mpi.abort(exit_code);
+  const auto fail = [&](const regroup::Error& error, const std::string& message, int exit_code) {
+    const bool everywhere = error.on_every_rank();
+    if (!error.told() && (!everywhere || world.rank() == 0)) log.error("{}", message);
+    if (!everywhere && world.size() > 1) mpi.abort(exit_code);
     return exit_code;
   };
   try {
@@ -33,11 +34,11 @@ int run(const std::vector<std::string>& arguments, const regroup::MpiEnvironment
       regroup::rethrow_as_error();
     }
   } catch (const regroup::UserError& error) {
-    return fail(error.what(), error.on_every_rank(), regroup::kUserFailure);
+    return fail(error, error.what(), regroup::kUserFailure);
   } catch (const regroup::InternalError& error) {
-    return fail(fmt::format("a bug: {}", error.what()), error.on_every_rank(), regroup::kFailure);
+    return fail(error, fmt::format("a bug: {}", error.what()), regroup::kFailure);
   } catch (const regroup::Error& error) {
-    return fail(error.what(), error.on_every_rank(), regroup::kFailure);
+    return fail(error, error.what(), regroup::kFailure);
   }
 }
 

@@ -108,9 +108,8 @@ std::vector<po::options_description> describe_options(Options& o) {
       "restart-budget", bound(o.restart_budget),
       "starts in a row that may come to no new checkpoint; 0: any number")(
       "deterministic", flag(o.deterministic),
-      "cuda: fixed algorithms in place of measured ones, so that a second run from the start has the same "
-      "bits "
-      "(resuming has them anyway)");
+      "cuda: fixed algorithms in place of measured ones and no sums in NVLink's switches: a second run from "
+      "the start, and a resumed one, have the same bits");
   group("Model")("model", text(o.model), "size: tiny, small, base, large, xl or xxl")(
       "d-model", optional(o.d_model), "instead of the size's")(
       "d-kv", optional(o.d_kv), "instead of the size's")("d-ff", optional(o.d_ff), "instead of the size's")(
@@ -140,8 +139,8 @@ std::vector<po::options_description> describe_options(Options& o) {
   group("Training")("steps", bound(o.steps), "optimizer steps of --pretrain")(
       "batch-size", bound(o.batch_size), "sequences of one step, over all ranks")(
       "micro-batch", bound(o.micro_batch),
-      "sequences of one forward and backward of a rank; 0: those that make 4096 inputs (cuda: 32768)")(
-      "optimizer", text(o.optimizer), "adafactor (T5's) or adamw")(
+      "sequences of one forward and backward of a rank; 0: those that make 4096 inputs (cuda: 32768, or as "
+      "many as its memory holds)")("optimizer", text(o.optimizer), "adafactor (T5's) or adamw")(
       "schedule", text(o.schedule), "of the learning rate: rsqrt (T5's), constant, linear, cosine")(
       "learning-rate", optional(o.learning_rate),
       "the schedule's base; default 1 for rsqrt, 0.001 for the others")(

@@ -21,8 +21,13 @@ class Error : public std::runtime_error {
   bool on_every_rank() const { return on_every_rank_; }
   void set_on_every_rank() { on_every_rank_ = true; }
 
+  // Whether the user has been told already, where it could not wait for main().
+  bool told() const { return told_; }
+  void set_told() { told_ = true; }
+
  private:
   bool on_every_rank_ = false;
+  bool told_ = false;
 };
 
 // Something a person has to put right: an option, a file, a tensor of a checkpoint, or what the machine lacks

@@ -217,7 +217,14 @@ std::optional<FileLock> FileLock::attempt(const std::filesystem::path& path, std
   if (lock.descriptor_ < 0) throw_file_error("write", path, errno);
   if (::flock(lock.descriptor_, LOCK_EX | LOCK_NB) != 0) {
     if (errno == EWOULDBLOCK) return std::nullopt;
-    throw_file_error("lock", path, errno);
+    const int code = errno;
+    if (code == ENOSYS || code == EOPNOTSUPP || code == ENOLCK) {
+      throw UserError(
+          "cannot lock {}: {}: mount the file system with locks (Lustre: -o flock, NFS: version 4), or use a "
+          "folder on another one",
+          path.string(), std::strerror(code));
+    }
+    throw_file_error("lock", path, code);
   }
   if (::ftruncate(lock.descriptor_, 0) != 0 ||
       ::pwrite(lock.descriptor_, owner.data(), owner.size(), 0) != static_cast<ssize_t>(owner.size())) {

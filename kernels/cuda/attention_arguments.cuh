@@ -25,6 +25,11 @@ struct HeadRows {
   }
 };
 
+// bfloat16 [B, length, heads, C] whose rows begin at multiples of 16 bytes.
+inline bool has_aligned_rows(const Tensor& x) {
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride[0] % 8 == 0 && x.stride[1] % 8 == 0;
+}
+
 template <class T>
 struct AttentionArguments {
   using S = stat_t<T>;

@@ -24,7 +24,9 @@ AttentionShape shape_of(const AttentionCall& call) {
           .out = rows_of(call.out),
           .bias = static_cast<bool>(call.bias),
           .causal = call.options.causal,
-          .padded = static_cast<bool>(call.key_mask)};
+          .dropout = call.options.dropout_rate > 0,
+          .padded = call.key_mask && call.options.padded_at_end,
+          .scattered = call.key_mask && !call.options.padded_at_end};
 }
 
 AttentionShape shape_of(const AttentionCall& call, const AttentionGradients& gradients) {
@@ -39,10 +41,11 @@ AttentionShape shape_of(const AttentionCall& call, const AttentionGradients& gra
 }
 
 std::string name_of(const AttentionShape& s) {
-  std::string name = fmt::format("{} of {} x {} queries, {} keys, {} heads, {} groups, {} channels{}{}{}{}",
-                                 s.backward ? "backward" : "forward", s.batch, s.queries, s.keys, s.heads,
-                                 s.groups, s.channels, s.bias ? ", bias" : "", s.causal ? ", causal" : "",
-                                 s.padded ? ", padded" : "", s.dbias ? ", dbias" : "");
+  std::string name = fmt::format(
+      "{} of {} x {} queries, {} keys, {} heads, {} groups, {} channels{}{}{}{}{}{}",
+      s.backward ? "backward" : "forward", s.batch, s.queries, s.keys, s.heads, s.groups, s.channels,
+      s.bias ? ", bias" : "", s.causal ? ", causal" : "", s.dropout ? ", dropout" : "",
+      s.padded ? ", padded" : "", s.scattered ? ", scattered" : "", s.dbias ? ", dbias" : "");
   name += name_of("q", s.q) + name_of("k", s.k) + name_of("v", s.v) + name_of("out", s.out);
   if (s.backward) {
     name += name_of("dout", s.dout) + name_of("dq", s.dq) + name_of("dk", s.dk) + name_of("dv", s.dv);

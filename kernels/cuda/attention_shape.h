@@ -16,7 +16,9 @@ struct AttentionShape {
 
   index_t batch = 0, queries = 0, keys = 0, heads = 0, groups = 0, channels = 0;
   Rows q, k, v, out;
-  bool bias = false, causal = false, padded = false;
+  bool bias = false, causal = false, dropout = false;
+  bool padded = false;     // keys are masked at the end of a sample only
+  bool scattered = false;  // anywhere
   bool backward = false;
   // Backward only.
   Rows dout, dq, dk, dv;
@@ -28,8 +30,7 @@ struct AttentionShape {
 AttentionShape shape_of(const AttentionCall& call);
 AttentionShape shape_of(const AttentionCall& call, const AttentionGradients& gradients);
 
-// "backward of 8 x 512 queries, 512 keys, 12 heads, 2 groups, 64 channels, bias, padded, dbias, rows q 1024
-// ..."
+// "backward of 8 x 512 queries, 512 keys, 12 heads, 2 groups, 64 channels, bias, padded, dbias, q 1024 ..."
 std::string name_of(const AttentionShape& shape);
 
 }  // namespace regroup

@@ -47,6 +47,11 @@ std::string CudaBackend::device_id() const {
   return id;
 }
 
+std::string CudaBackend::bus_id() const {
+  const cudaDeviceProp& p = device_.properties();
+  return fmt::format("{:04x}:{:02x}:{:02x}.0", p.pciDomainID, p.pciBusID, p.pciDeviceID);
+}
+
 std::string CudaBackend::tuning() const {
   if (deterministic_) return {};
   return json_text(nlohmann::json{{"matmul", parse_json(matmul_->chosen())},

@@ -28,8 +28,10 @@ class CudaBackend final : public Backend {
   void copy_to_host(Tensor tensor, void* host) override;
   void synchronize() override;
   bool host_accessible() const override { return false; }
+  std::optional<index_t> free_bytes() const override { return device_.free_bytes(); }
   std::string describe() const override { return device_.describe(); }
   std::string device_id() const override;
+  std::string bus_id() const override;
   std::string tuning() const override;
   void set_tuning(const std::string& text) override;
   index_t piece_elements() const override { return index_t{1} << 28; }

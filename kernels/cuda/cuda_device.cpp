@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <exception>
 #include <thread>
 #include <utility>
 
@@ -17,10 +16,8 @@ constexpr std::size_t kStagings = 8;  // so many uploads the host may be ahead o
 // A block has 48 KB of shared memory, static and dynamic, without asking for more.
 constexpr std::size_t kUnaskedSharedBytes = 40 << 10;
 
-// Freeing waits for the whole device, and so for ever where the exception that unwinds the stack is that the
-// device hangs. What is left then goes with the process, which the exception ends.
 void free_unless_unwinding(cudaError_t (*free)(void*), void* address) {
-  if (std::uncaught_exceptions() == 0) free(address);
+  if (!is_unwinding()) free(address);
 }
 
 }  // namespace
@@ -55,6 +52,12 @@ CudaDevice::CudaDevice(int ordinal) : ordinal_(ordinal) {
   for (std::size_t i = 0; i < kStagings; ++i) {
     staging_.push_back({.memory = allocate_pinned(kStagingBytes), .read = make_cuda_event()});
   }
+}
+
+index_t CudaDevice::free_bytes() const {
+  std::size_t free = 0, total = 0;
+  check_cuda(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return static_cast<index_t>(free);
 }
 
 std::string CudaDevice::describe() const {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cuda_runtime_api.h>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -20,11 +21,19 @@ namespace regroup {
 void check_cuda(cudaError_t result, const char* call,
                 const std::source_location& where = std::source_location::current());
 
+// Whether an exception unwinds the stack, which may be that the device hangs. To free what is on it would
+// wait for it, and the exception would not arrive: it is left to the end of the process.
+inline bool is_unwinding() { return std::uncaught_exceptions() > 0; }
+
 struct DestroyStream {
-  void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
+  void operator()(cudaStream_t stream) const noexcept {
+    if (!is_unwinding()) cudaStreamDestroy(stream);
+  }
 };
 struct DestroyEvent {
-  void operator()(cudaEvent_t event) const noexcept { cudaEventDestroy(event); }
+  void operator()(cudaEvent_t event) const noexcept {
+    if (!is_unwinding()) cudaEventDestroy(event);
+  }
 };
 using CudaStream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, DestroyStream>;
 using CudaEvent = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, DestroyEvent>;
@@ -63,6 +72,7 @@ class CudaDevice {
   int multiprocessors() const { return properties_.multiProcessorCount; }
   // 10 major + minor: 80 for A100, 90 for H100 and H200.
   int compute_capability() const { return 10 * properties_.major + properties_.minor; }
+  index_t free_bytes() const;  // of its memory
   // "NVIDIA H100 80GB HBM3, GPU 0 of 1, 80995 MiB, 80512 MiB free, compute capability 9.0"
   std::string describe() const;
 

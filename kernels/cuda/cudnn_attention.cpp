@@ -65,7 +65,7 @@ Workspace workspace_of(const AttentionShape& s, const CudnnAttentionPlan& plan) 
 
 class Cudnn final : public CudnnAttention {
  public:
-  explicit Cudnn(CudaDevice& device) : device_(device), handle_(device.stream()) {}
+  Cudnn(CudaDevice& device, Log log) : device_(device), log_(std::move(log)), handle_(device.stream()) {}
 
   bool supports(const AttentionCall& call) override {
     return may_support(call) && plan(shape_of(call)) != nullptr;
@@ -104,7 +104,14 @@ class Cudnn final : public CudnnAttention {
     }
     std::string problem;
     auto made = CudnnAttentionPlan::make(handle_, shape, problem);
-    if (made != nullptr && workspace_of(shape, *made).total() > kLargestWorkspace) made = nullptr;
+    if (made != nullptr) {
+      const index_t bytes = workspace_of(shape, *made).total();
+      if (bytes > kLargestWorkspace) {
+        problem = fmt::format("it needs {} MiB of workspace", bytes >> 20);
+        made = nullptr;
+      }
+    }
+    if (made == nullptr) log_.info("attention, {}: not by cuDNN: {}", name_of(shape), problem);
     entries_.push_back({shape, std::move(made)});
     return entries_.back().plan.get();
   }
@@ -113,6 +120,7 @@ class Cudnn final : public CudnnAttention {
            Tensor dbias);
 
   CudaDevice& device_;
+  Log log_;
   CudnnHandle handle_;
   std::vector<Entry> entries_;
 };
@@ -129,7 +137,12 @@ void Cudnn::run(const AttentionShape& shape, const AttentionCall& call, CudnnAtt
     expand_bias(device_, call.bias, shape.queries, full);
     pointers.bias = full;
   }
-  if (dbias) pointers.dbias = take(parts.dbias);
+  if (dbias) {
+    // cuDNN need not write what a mask hides.
+    pointers.dbias = take(parts.dbias);
+    check_cuda(cudaMemsetAsync(pointers.dbias, 0, static_cast<std::size_t>(parts.dbias), device_.stream()),
+               "cudaMemsetAsync");
+  }
   if (call.key_mask) {
     auto* query_lengths = reinterpret_cast<std::int32_t*>(take(parts.query_lengths));
     auto* key_lengths = reinterpret_cast<std::int32_t*>(take(parts.key_lengths));
@@ -143,8 +156,8 @@ void Cudnn::run(const AttentionShape& shape, const AttentionCall& call, CudnnAtt
 
 }  // namespace
 
-std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device) {
-  return std::make_unique<Cudnn>(device);
+std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device, Log log) {
+  return std::make_unique<Cudnn>(device, std::move(log));
 }
 
 }  // namespace regroup

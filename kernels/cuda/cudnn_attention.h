@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "kernels/base/log.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda_device.h"
 
@@ -26,7 +27,8 @@ class CudnnAttention {
 };
 
 // On `device`, which must outlive it. Gives the same bits in every run: of cuDNN's backward kernels it takes
-// the deterministic. nullptr where this build has no cudnn-frontend. SystemError where cuDNN cannot be used.
-std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device);
+// the deterministic. `log` is told why cuDNN cannot do a shape. nullptr where this build has no
+// cudnn-frontend. SystemError where cuDNN cannot be used.
+std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice& device, Log log);
 
 }  // namespace regroup

@@ -203,7 +203,9 @@ class CudnnHandle::Connection {
     if (result != CUDNN_STATUS_SUCCESS) cudnnDestroy(handle_);
     check_cudnn(result, "cudnnSetStream");
   }
-  ~Connection() { cudnnDestroy(handle_); }
+  ~Connection() {
+    if (!is_unwinding()) cudnnDestroy(handle_);
+  }
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 

@@ -7,9 +7,11 @@
 
 namespace regroup {
 
-// bfloat16, a head size of at most 128 that is a multiple of 8, rows that begin at multiples of 16 bytes.
-bool flash_attention_supports(const AttentionCall& call);
-bool flash_attention_supports(const AttentionCall& call, const AttentionGradients& gradients);
+// bfloat16, a head size of at most 128 that is a multiple of 8, rows that begin at multiples of 16 bytes, and
+// tiles that fit into the shared memory of the device's blocks.
+bool flash_attention_supports(const CudaDevice& device, const AttentionCall& call);
+bool flash_attention_supports(const CudaDevice& device, const AttentionCall& call,
+                              const AttentionGradients& gradients);
 void flash_attention_forward(CudaDevice& device, const AttentionCall& call);
 void flash_attention_backward(CudaDevice& device, const AttentionCall& call,
                               const AttentionGradients& gradients);

@@ -2,6 +2,8 @@
 // queries and sums dk and dv of its keys, over the heads of their group too. Every sum has one owner and one
 // order, so there are no atomics and the bits are the same in every run. The price: both recompute q k^T and
 // dout v^T, 7 products where one kernel that adds to dq atomically has 5.
+#include <algorithm>
+
 #include "kernels/cuda/attention_bias_gradient.cuh"
 #include "kernels/cuda/flash_attention.h"
 #include "kernels/cuda/flash_attention_diagonals.cuh"
@@ -454,8 +456,26 @@ void backward(CudaDevice& device, const Arguments& a) {
   }
 }
 
+// Of the larger of the two kernels.
+template <int C, bool kBias>
+constexpr std::size_t kSharedBytes = std::max(sizeof(typename QueryGradient<C, kBias, false>::Shared),
+                                              sizeof(typename KeyGradient<C, kBias, false>::Shared));
+
+std::size_t shared_bytes(index_t size, bool bias) {
+  if (size <= 64) return bias ? kSharedBytes<64, true> : kSharedBytes<64, false>;
+  return bias ? kSharedBytes<128, true> : kSharedBytes<128, false>;
+}
+
 }  // namespace
 }  // namespace flash
+
+bool flash_attention_supports(const CudaDevice& device, const AttentionCall& call,
+                              const AttentionGradients& gradients) {
+  return flash_attention_supports(device, call) && has_aligned_rows(gradients.dout) &&
+         has_aligned_rows(gradients.dq) && has_aligned_rows(gradients.dk) && has_aligned_rows(gradients.dv) &&
+         flash::shared_bytes(call.q[3], call.bias || gradients.dbias) <=
+             device.properties().sharedMemPerBlockOptin;
+}
 
 void flash_attention_backward(CudaDevice& device, const AttentionCall& call,
                               const AttentionGradients& gradients) {

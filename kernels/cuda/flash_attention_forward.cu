@@ -152,23 +152,15 @@ void forward(CudaDevice& device, const AttentionCall& call) {
   }
 }
 
-bool is_aligned(const Tensor& x) {
-  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride[0] % 8 == 0 && x.stride[1] % 8 == 0;
-}
-
 }  // namespace
 }  // namespace flash
 
-bool flash_attention_supports(const AttentionCall& call) {
-  using flash::is_aligned;
-  return call.q.dtype == DType::kBFloat16 && call.q[3] % 8 == 0 && call.q[3] <= 128 && is_aligned(call.q) &&
-         is_aligned(call.k) && is_aligned(call.v) && is_aligned(call.out);
-}
-
-bool flash_attention_supports(const AttentionCall& call, const AttentionGradients& gradients) {
-  using flash::is_aligned;
-  return flash_attention_supports(call) && is_aligned(gradients.dout) && is_aligned(gradients.dq) &&
-         is_aligned(gradients.dk) && is_aligned(gradients.dv);
+bool flash_attention_supports(const CudaDevice& device, const AttentionCall& call) {
+  const std::size_t shared_bytes = call.q[3] <= 64 ? sizeof(flash::Forward<64, true, false>::Shared)
+                                                   : sizeof(flash::Forward<128, true, false>::Shared);
+  return call.q.dtype == DType::kBFloat16 && call.q[3] % 8 == 0 && call.q[3] <= 128 &&
+         has_aligned_rows(call.q) && has_aligned_rows(call.k) && has_aligned_rows(call.v) &&
+         has_aligned_rows(call.out) && shared_bytes <= device.properties().sharedMemPerBlockOptin;
 }
 
 void flash_attention_forward(CudaDevice& device, const AttentionCall& call) {

@@ -7,9 +7,10 @@ namespace regroup {
 namespace flash {
 namespace {
 
-// As Forward of flash_attention_forward.cu, with two warpgroups of 64 queries each, whose left operands
-// (queries and probabilities) are registers. Tiles are kParts parts of 64 columns, for a row of a swizzled
-// tile of wgmma has 128 bytes. While one warpgroup is at its softmax, the tensor cores work for others.
+// As Forward of flash_attention_forward.cu, with two warpgroups of 64 queries each. Tiles are kParts parts of
+// 64 columns, for a row of a swizzled tile of wgmma has 128 bytes. The queries stay in shared memory: as left
+// operands in registers ptxas gives them the probabilities' registers, and the second tile is multiplied by
+// those. While one warpgroup is at its softmax, the tensor cores work for others.
 template <int C, bool kBias, bool kDropout>
 class WgmmaForward {
  public:
@@ -45,7 +46,6 @@ class WgmmaForward {
       ptx::cp_async_wait<0>();
       ptx::fence_for_wgmma();
       __syncthreads();
-      if (tile == 0) load_queries();
       if (tile + 1 < tiles) fetch(tile + 1, window);
       // A warpgroup decides as one.
       const int group_row = row_ / 64 * 64;
@@ -81,11 +81,6 @@ class WgmmaForward {
     }
   }
 
-  __device__ void load_queries() {
-#pragma unroll
-    for (int k = 0; k < C / 16; ++k) load_left<64>(queries_[k], shared_.q[k / 4], warp_index() * 16, k % 4);
-  }
-
   __device__ void visit(int tile) {
     const int key = tile * kColumns;
     KeyBits seen;
@@ -117,13 +112,13 @@ class WgmmaForward {
   }
 
   __device__ void find_scores(float (&scores)[kSteps][4], int tile) {
-#pragma unroll
-    for (std::uint32_t(&query)[4] : queries_) ptx::pin(query);
+    const int group_row = warp_index() / 4 * 64;
     ptx::pin(scores);
     ptx::wgmma_begin();
 #pragma unroll
     for (int k = 0; k < C / 16; ++k) {
-      ptx::wgmma_m64n64k16<false>(scores, queries_[k], shared_.keys[tile % 2][k / 4] + k % 4 * 16, k > 0);
+      ptx::wgmma_m64n64k16(scores, shared_.q[k / 4] + group_row * 64 + k % 4 * 16,
+                           shared_.keys[tile % 2][k / 4] + k % 4 * 16, k > 0);
     }
     ptx::wgmma_end();
     ptx::pin(scores);
@@ -139,8 +134,7 @@ class WgmmaForward {
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int k = 0; k < kColumns / 16; ++k) {
-        ptx::wgmma_m64n64k16<true>(sums_[part][0], probabilities[k],
-                                   shared_.values[tile % 2][part] + k * 16 * 64, true);
+        ptx::wgmma_m64n64k16(sums_[part][0], probabilities[k], shared_.values[tile % 2][part] + k * 16 * 64);
       }
     }
     ptx::wgmma_end();
@@ -171,7 +165,6 @@ class WgmmaForward {
   Shared& shared_;
   const int head_, sample_, first_, row_;  // row_: the warp's first query
   const std::int32_t* mask_;
-  std::uint32_t queries_[C / 16][4];
   Sums<1, 64> sums_[kParts] = {};
   OnlineSoftmax<1> softmax_;
 };
@@ -207,7 +200,7 @@ void forward(CudaDevice& device, const AttentionCall& call) {
 }  // namespace flash
 
 bool wgmma_attention_supports(const CudaDevice& device, const AttentionCall& call) {
-  return device.compute_capability() == 90 && flash_attention_supports(call);
+  return device.compute_capability() == 90 && flash_attention_supports(device, call);
 }
 
 void wgmma_attention_forward(CudaDevice& device, const AttentionCall& call) {

@@ -28,7 +28,9 @@ void check_cublas(cublasStatus_t result, const char* call) {
 }
 
 struct Destroy {
-  void operator()(cublasLtHandle_t handle) const noexcept { cublasLtDestroy(handle); }
+  void operator()(cublasLtHandle_t handle) const noexcept {
+    if (!is_unwinding()) cublasLtDestroy(handle);  // waits for the device
+  }
   void operator()(cublasLtMatmulDesc_t descriptor) const noexcept { cublasLtMatmulDescDestroy(descriptor); }
   void operator()(cublasLtMatrixLayout_t layout) const noexcept { cublasLtMatrixLayoutDestroy(layout); }
   void operator()(cublasLtMatmulPreference_t preference) const noexcept {

@@ -3,7 +3,7 @@
 
 namespace regroup {
 
-std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice&) { return nullptr; }
+std::unique_ptr<CudnnAttention> make_cudnn_attention(CudaDevice&, Log) { return nullptr; }
 
 bool CudnnAttentionPlan::in_this_build() { return false; }
 

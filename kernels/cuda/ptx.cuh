@@ -93,37 +93,58 @@ __device__ inline void pin(std::uint32_t (&a)[4]) {
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 
-// d = a b (+ d where `accumulate`): wgmma.mma_async.m64n64k16. Each warp has 16 rows of a and d in the layout
-// of mma_bf16_m16n8k16, d[n] being columns 8 n .. 8 n + 7. b is in shared memory, rows of 64 bfloat16 (128
-// bytes) with chunk c of 16 bytes of row r at place c ^ (r % 8), row 0 at a multiple of 1024 bytes:
-//   kTransposed false: b[k][n] is element k of row n from `b` on, which is one of the multiples of 16 of row
-//   0; kTransposed true: b[k][n] is element n of row k, `b` the beginning of a row whose number 8 divides.
-// Between wgmma_begin() and wgmma_end() nothing else may touch a and d.
-template <bool kTransposed>
-__device__ void wgmma_m64n64k16(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b,
-                                bool accumulate) {
+// PTX ISA, "Matrix descriptor": address / 16; bytes / 16 between 64 columns (of no meaning here) and between
+// groups of 8 rows; swizzling by 128 bytes.
+__device__ inline std::uint64_t wgmma_descriptor(const void* tile) {
+  return (shared_address(tile) & 0x3FFFF) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{1024 >> 4} << 32 |
+         std::uint64_t{1} << 62;
+}
+
+// Products of a warpgroup: wgmma.mma_async.m64n64k16. Each warp has 16 rows of d in the layout of
+// mma_bf16_m16n8k16, d[n] being columns 8 n .. 8 n + 7. Tiles in shared memory have rows of 64 bfloat16 (128
+// bytes) with chunk c of 16 bytes of row r at place c ^ (r % 8), row 0 at a multiple of 1024 bytes. Between
+// wgmma_begin() and wgmma_end() nothing else may touch d, nor a where it is registers.
+
+// d = a b^T (+ d where `accumulate`): element k of row m is at a[m][k], of row n at b[n][k]; `a` and `b` are
+// one of the multiples of 16 of row 0 of 64 rows.
+__device__ inline void wgmma_m64n64k16(float (&d)[8][4], const void* a, const void* b, bool accumulate) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  // PTX ISA, "Matrix descriptor": address / 16; bytes / 16 between 64 columns (of no meaning here) and
-  // between groups of 8 rows; swizzling by 128 bytes.
-  const std::uint64_t descriptor = (shared_address(b) & 0x3FFFF) >> 4 | std::uint64_t{1} << 16 |
-                                   std::uint64_t{1024 >> 4} << 32 | std::uint64_t{1} << 62;
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; "
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0; "
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, "
-      "%38; }"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0; }"
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
         "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
         "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
         "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
         "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
         "+f"(d[7][2]), "+f"(d[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(accumulate ? 1 : 0),
-        "n"(kTransposed ? 1 : 0)
+      : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)), "r"(accumulate ? 1 : 0)
       : "memory");
 #else
   __trap();  // not chosen on other devices
+#endif
+}
+
+// d += a b: each warp has its 16 rows of a in the layout of mma_bf16_m16n8k16; element n of row k is at
+// b[k][n], `b` the beginning of one of the rows whose numbers 8 divides.
+__device__ inline void wgmma_m64n64k16(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+        "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+        "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+        "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+        "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b))
+      : "memory");
+#else
+  __trap();
 #endif
 }
 __device__ inline void wgmma_begin() {

@@ -1,6 +1,6 @@
-// Every attention kernel on one GPU, on T5's self-attention with a trainable bias: one JSON line each, as
-// pytorch_attention.py prints them. TFLOP/s counts 2 products forward and 4 backward, not what backward
-// recomputes.
+// Every attention kernel on one GPU, on T5's self-attention with a trainable bias: forward and backward one
+// JSON line each, as pytorch_attention.py prints them. TFLOP/s counts 2 products forward and 4 backward, not
+// what backward recomputes.
 #include <chrono>
 #include <functional>
 #include <vector>
@@ -8,6 +8,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/cudnn_attention.h"
 #include "kernels/cuda/flash_attention.h"
+#include "kernels/cuda/flash_attention_wgmma.h"
 
 namespace regroup {
 namespace {
@@ -67,25 +68,34 @@ double seconds_of(Backend& backend, const std::function<void()>& work) {
 
 void measure(CudaBackend& backend, index_t tokens, index_t heads, index_t groups) {
   Tensors t(backend, tokens, heads, groups);
-  const auto report = [&](const char* kernel, const std::function<void()>& forward,
-                          const std::function<void()>& backward) {
-    const double flops = 4.0 * static_cast<double>(kTokensOfBatch * heads * tokens * kHeadSize);
-    const double there = seconds_of(backend, forward), back = seconds_of(backend, backward);
+  const auto report = [&](const char* kernel, const char* direction, int products,
+                          const std::function<void()>& work) {
+    const double flops = products * 2.0 * static_cast<double>(kTokensOfBatch * heads * tokens * kHeadSize);
     fmt::print(
-        "{{\"tokens\": {}, \"heads\": {}, \"groups\": {}, \"kernel\": \"{}\", \"forward_tflops\": {:.1f}, "
-        "\"backward_tflops\": {:.1f}}}\n",
-        tokens, heads, groups, kernel, flops / there * 1e-12, 2 * flops / back * 1e-12);
+        "{{\"tokens\": {}, \"heads\": {}, \"groups\": {}, \"kernel\": \"{}\", \"{}_tflops\": {:.1f}}}\n",
+        tokens, heads, groups, kernel, direction, flops / seconds_of(backend, work) * 1e-12);
+  };
+  const auto forward = [&](const char* kernel, const std::function<void()>& work) {
+    report(kernel, "forward", 2, work);
+  };
+  const auto backward = [&](const char* kernel, const std::function<void()>& work) {
+    report(kernel, "backward", 4, work);
   };
   CudaDevice& device = backend.device();
-  if (flash_attention_supports(t.call, t.gradients)) {
-    report(
-        "Regroup, flash", [&] { flash_attention_forward(device, t.call); },
-        [&] { flash_attention_backward(device, t.call, t.gradients); });
+  if (flash_attention_supports(device, t.call)) {
+    forward("Regroup, flash", [&] { flash_attention_forward(device, t.call); });
   }
-  const auto cudnn = make_cudnn_attention(device);
-  if (cudnn != nullptr && cudnn->supports(t.call) && cudnn->supports(t.call, t.gradients)) {
-    report(
-        "cuDNN", [&] { cudnn->forward(t.call); }, [&] { cudnn->backward(t.call, t.gradients); });
+  if (wgmma_attention_supports(device, t.call)) {
+    forward("Regroup, wgmma", [&] { wgmma_attention_forward(device, t.call); });
+  }
+  if (flash_attention_supports(device, t.call, t.gradients)) {
+    backward("Regroup, flash", [&] { flash_attention_backward(device, t.call, t.gradients); });
+  }
+  const auto cudnn = make_cudnn_attention(device, Log());
+  if (cudnn == nullptr) return;
+  if (cudnn->supports(t.call)) forward("cuDNN", [&] { cudnn->forward(t.call); });
+  if (cudnn->supports(t.call, t.gradients)) {
+    backward("cuDNN", [&] { cudnn->backward(t.call, t.gradients); });
   }
 }
 

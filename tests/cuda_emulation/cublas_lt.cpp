@@ -9,6 +9,7 @@
 
 #include "kernels/dtype.h"
 #include "tests/cuda_emulation/device.h"
+#include "tests/cuda_emulation/streams.h"
 
 using regroup::bfloat16;
 using regroup::emulation::Device;
@@ -158,7 +159,10 @@ cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
   *handle = reinterpret_cast<cublasLtHandle_t>(std::make_unique<int>().release());
   return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return destroy(reinterpret_cast<int*>(handle)); }
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+  regroup::emulation::refuse_while_unwinding("cublasLtDestroy");
+  return destroy(reinterpret_cast<int*>(handle));
+}
 
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* product, cublasComputeType_t compute,
                                         cudaDataType_t scale) {
@@ -241,7 +245,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t prod
                               cublasLtMatrixLayout_t b_layout, const void* beta, const void* c,
                               cublasLtMatrixLayout_t c_layout, void* d, cublasLtMatrixLayout_t d_layout,
                               const cublasLtMatmulAlgo_t* algorithm, void* workspace,
-                              std::size_t workspace_bytes, cudaStream_t) {
+                              std::size_t workspace_bytes, cudaStream_t stream) {
   cublasLtMatmulHeuristicResult_t needs{};
   const cublasStatus_t status =
       cublasLtMatmulAlgoCheck(handle, product, a_layout, b_layout, c_layout, d_layout, algorithm, &needs);
@@ -253,14 +257,17 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t prod
       (needs.workspaceSize > 0 && !device().contains(workspace, workspace_bytes))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  const Device::Access access(device(), {a, b, c, d, workspace});
-  if (workspace_bytes > 0) std::memset(workspace, 0xFF, needs.workspaceSize);
   const View va = view_of(la, as<Product>(product).transpose_a),
              vb = view_of(lb, as<Product>(product).transpose_b), vc = view_of(lc, CUBLAS_OP_N),
              vd = view_of(ld, CUBLAS_OP_N);
   const auto run = [&]<class T, class D, class S>() {
-    multiply<T, D, S>(va, a, vb, b, vc, c, vd, d, *static_cast<const S*>(alpha), *static_cast<const S*>(beta),
-                      algorithm->data[0] == 2);
+    regroup::emulation::issue(stream,
+                              [=, alpha = *static_cast<const S*>(alpha), beta = *static_cast<const S*>(beta),
+                               used = needs.workspaceSize, downwards = algorithm->data[0] == 2] {
+                                const Device::Access access(device(), {a, b, c, d, workspace});
+                                if (used > 0) std::memset(workspace, 0xFF, used);
+                                multiply<T, D, S>(va, a, vb, b, vc, c, vd, d, alpha, beta, downwards);
+                              });
   };
   if (la.type == CUDA_R_64F) run.operator()<double, double, double>();
   if (la.type == CUDA_R_32F) run.operator()<float, float, float>();

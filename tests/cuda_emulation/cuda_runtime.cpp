@@ -1,23 +1,20 @@
-// The CUDA runtime of the emulated machine. Work is done when the call that issues it returns: streams are in
-// order by themselves, and a forgotten wait does not show.
+// The CUDA runtime of the emulated machine, but for streams and events (streams.cpp). Arguments are checked
+// as work is issued.
 #include <algorithm>
 #include <cstring>
 #include <cuda_runtime_api.h>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "tests/cuda_emulation/device.h"
 #include "tests/cuda_emulation/guarded_memory.h"
 #include "tests/cuda_emulation/machine.h"
+#include "tests/cuda_emulation/streams.h"
 
 using regroup::emulation::Device;
 using regroup::emulation::device;
 using regroup::emulation::Order;
-
-struct CUstream_st {
-  unsigned number;
-};
-struct CUevent_st {};
 
 namespace {
 
@@ -69,11 +66,6 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   *free = *total - device().used();
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() {
-  device().wait();
-  return cudaSuccess;
-}
-
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
@@ -93,38 +85,6 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-// ---- Streams and events
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = std::make_unique<CUstream_st>(CUstream_st{device().next_stream()}).release();
-  return cudaSuccess;
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  std::unique_ptr<CUstream_st> owned(stream);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = std::make_unique<CUevent_st>().release();
-  return cudaSuccess;
-}
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  std::unique_ptr<CUevent_st> owned(event);
-  return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaDeviceSynchronize(); }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-// Everything takes a millisecond.
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
-  *milliseconds = 1;
-  return cudaSuccess;
-}
-
 // ---- Memory
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
@@ -132,6 +92,8 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void* memory) {
+  regroup::emulation::refuse_while_unwinding("cudaFree");
+  regroup::emulation::run_all_streams();
   return memory == nullptr || device().free(memory) ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
@@ -139,17 +101,30 @@ cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
+  regroup::emulation::refuse_while_unwinding("cudaFreeHost");
+  regroup::emulation::run_all_streams();
   return memory == nullptr || device().free_pinned(memory) ? cudaSuccess : cudaErrorInvalidValue;
 }
+// Memory of the host that is not pinned is read before the call returns, and written then.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t) {
+                            cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   if (!is_valid_range(from, bytes, kind, true) || !is_valid_range(to, bytes, kind, false)) {
     return cudaErrorInvalidValue;
   }
-  const Device::Access access(device(), {to, from});
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
+  const auto is_pageable = [bytes](const void* address) {
+    return !device().contains(address, bytes) && !device().contains_pinned(address, bytes);
+  };
+  std::vector<std::byte> staged;
+  if (is_pageable(from)) {
+    const auto* first = static_cast<const std::byte*>(from);
+    staged.assign(first, first + bytes);
+  }
+  regroup::emulation::issue(stream, [to, from, bytes, staged = std::move(staged)] {
+    const Device::Access access(device(), {to, from});
+    std::memcpy(to, staged.empty() ? from : staged.data(), bytes);
+  });
+  return is_pageable(to) ? cudaStreamSynchronize(stream) : cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
@@ -164,11 +139,13 @@ cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, 
   }
   return result;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
   if (!device().contains(memory, bytes)) return cudaErrorInvalidValue;
-  const Device::Access access(device(), {memory});
-  if (value == 0) regroup::emulation::fill_zero(memory, bytes);
-  if (value != 0) std::memset(memory, value, bytes);
+  regroup::emulation::issue(stream, [memory, value, bytes] {
+    const Device::Access access(device(), {memory});
+    if (value == 0) regroup::emulation::fill_zero(memory, bytes);
+    if (value != 0) std::memset(memory, value, bytes);
+  });
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
@@ -197,14 +174,17 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void
                              std::size_t shared_bytes, cudaStream_t stream) {
   if (!is_valid_grid(blocks, threads)) return cudaErrorInvalidConfiguration;
   if (shared_bytes > device().allowed_shared(kernel)) return cudaErrorInvalidValue;
-  const Device::Access access(device());
-  const unsigned number = stream == nullptr ? 0 : stream->number;
-  regroup::emulation::run(*static_cast<const std::function<void()>*>(arguments[0]),
-                          {.blocks = blocks,
-                           .threads = threads,
-                           .shared_bytes = shared_bytes,
-                           .order = static_cast<Order>(number % 3),
-                           .seed = number});
+  const unsigned number = stream == nullptr ? 0 : stream->stream->number();
+  const regroup::emulation::Launch launch{.blocks = blocks,
+                                          .threads = threads,
+                                          .shared_bytes = shared_bytes,
+                                          .order = static_cast<Order>(number % 3),
+                                          .seed = number};
+  regroup::emulation::issue(stream,
+                            [thread = *static_cast<const std::function<void()>*>(arguments[0]), launch] {
+                              const Device::Access access(device());
+                              regroup::emulation::run(thread, launch);
+                            });
   return cudaSuccess;
 }
 

@@ -1,8 +1,17 @@
 #include "tests/cuda_emulation/device.h"
 
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
 #include <functional>
 
 namespace regroup::emulation {
+
+void refuse_while_unwinding(const char* call) {
+  if (std::uncaught_exceptions() == 0) return;
+  std::fprintf(stderr, "%s while an exception unwinds the stack\n", call);
+  std::abort();
+}
 
 void* Device::allocate(std::size_t bytes) {
   if (bytes > kMemoryBytes - used_) return nullptr;
@@ -32,17 +41,24 @@ bool Device::free(void* address) {
 
 bool Device::free_pinned(void* address) { return pinned_.erase(address) == 1; }
 
-GuardedMemory* Device::find(const void* address) const {
-  const auto after = device_.upper_bound(address);
-  if (after == device_.begin()) return nullptr;
+GuardedMemory* Device::find(const Blocks& blocks, const void* address) {
+  const auto after = blocks.upper_bound(address);
+  if (after == blocks.begin()) return nullptr;
   GuardedMemory& memory = *std::prev(after)->second;
   return address < memory.data() + memory.bytes() ? &memory : nullptr;
 }
+GuardedMemory* Device::find(const void* address) const { return find(device_, address); }
 
-bool Device::contains(const void* address, std::size_t bytes) const {
-  const GuardedMemory* memory = find(address);
+bool Device::contains(const Blocks& blocks, const void* address, std::size_t bytes) {
+  const GuardedMemory* memory = find(blocks, address);
   return memory != nullptr && bytes <= static_cast<std::size_t>(memory->data() + memory->bytes() -
                                                                 static_cast<const std::byte*>(address));
+}
+bool Device::contains(const void* address, std::size_t bytes) const {
+  return contains(device_, address, bytes);
+}
+bool Device::contains_pinned(const void* address, std::size_t bytes) const {
+  return contains(pinned_, address, bytes);
 }
 
 std::size_t Device::allowed_shared(const void* kernel) const {

@@ -30,6 +30,7 @@ class Device {
   std::size_t used() const { return used_; }
   // Whether all of these bytes are device memory.
   bool contains(const void* address, std::size_t bytes) const;
+  bool contains_pinned(const void* address, std::size_t bytes) const;
 
   void allow_shared(const void* kernel, std::size_t bytes) { shared_bytes_[kernel] = bytes; }
   std::size_t allowed_shared(const void* kernel) const;
@@ -56,6 +57,8 @@ class Device {
  private:
   using Blocks = std::map<const void*, std::unique_ptr<GuardedMemory>>;
   GuardedMemory* find(const void* address) const;  // the device memory it is in, or null
+  static GuardedMemory* find(const Blocks& blocks, const void* address);
+  static bool contains(const Blocks& blocks, const void* address, std::size_t bytes);
 
   Blocks device_, pinned_;
   std::size_t used_ = 0;
@@ -65,5 +68,8 @@ class Device {
 
 // The one device there is.
 Device& device();
+
+// Ends the process where an exception unwinds the stack: on a GPU that hangs, such a call would never return.
+void refuse_while_unwinding(const char* call);
 
 }  // namespace regroup::emulation

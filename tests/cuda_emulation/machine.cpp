@@ -256,6 +256,7 @@ void run(const std::function<void()>& kernel, const Launch& launch) { machine.ru
 
 std::byte* dynamic_shared() { return machine.dynamic_shared(); }
 int lane() { return static_cast<int>(machine.current().number % kWarpSize); }
+int warp() { return static_cast<int>(machine.current().number / kWarpSize); }
 int synchronize_block(const char* what, bool vote) { return machine.synchronize_block(what, vote); }
 void synchronize_warp(const char* what, void* slot, const Combine& combine) {
   machine.synchronize_warp(what, slot, combine);

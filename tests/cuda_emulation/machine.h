@@ -34,6 +34,7 @@ void run(const std::function<void()>& kernel, const Launch& launch);
 // The block's dynamic shared memory: 0xFF when the block begins, and of exactly the size asked for.
 std::byte* dynamic_shared();
 int lane();
+int warp();  // of the block
 // __syncthreads_count: how many of the block's threads came with `vote`. `what` is for messages.
 int synchronize_block(const char* what, bool vote = false);
 

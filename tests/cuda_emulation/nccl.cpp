@@ -1,5 +1,6 @@
-// NCCL between processes of one host, each with an emulated GPU: through shared memory, non-blocking, so that
-// a collective whose peers do not come stays in progress, as on real GPUs. Sums in the order of the ranks.
+// NCCL between processes of one host, each with an emulated GPU: through shared memory, in the streams'
+// order. A collective whose peers do not come stays in its stream, as on real GPUs. Sums in the order of the
+// ranks.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -11,21 +12,28 @@
 #include <random>
 #include <string>
 #include <sys/mman.h>
+#include <thread>
 #include <unistd.h>
+#include <utility>
+#include <vector>
+
+#include <mpi.h>
 
 #include "kernels/dtype.h"
 #include "tests/cuda_emulation/device.h"
+#include "tests/cuda_emulation/streams.h"
 
 namespace {
 
 constexpr int kMostRanks = 8;
-constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
+// Pages that nobody touches are not there. A collective has one piece, so that a rank whose values have
+// arrived is needed no more.
+constexpr std::size_t kPieceBytes = std::size_t{256} << 20;
 
-// What the ranks share, zero at the beginning. A piece of a collective has a number; a rank has arrived when
-// its values are in its place, and left when it has read those of the others.
+// What the ranks share, zero at the beginning. A collective has a number; a rank has arrived when its values
+// are in its place, and left when it has read those of the others.
 struct Meeting {
   std::atomic<int> attached;
-  std::atomic<bool> aborted;
   std::array<std::atomic<std::uint64_t>, kMostRanks> arrived, left;
   std::byte values[kMostRanks][kPieceBytes];
 };
@@ -68,71 +76,94 @@ void reduce(const Meeting& meeting, int ranks, const Collective& work, std::byte
 
 }  // namespace
 
-struct ncclComm {
-  std::string name;
-  int ranks = 0, rank = 0;
-  Meeting* meeting = nullptr;
-  bool settled = false;      // all ranks are attached
-  std::uint64_t pieces = 0;  // done
-  bool written = false;      // this rank's values of piece `pieces` + 1 are in their place
-  Collective work;
+namespace {
 
-  ~ncclComm() {
-    munmap(meeting, sizeof(Meeting));
-    shm_unlink(name.c_str());
+class State {
+ public:
+  State(std::string name, int ranks, int rank, Meeting* meeting)
+      : name_(std::move(name)), ranks_(ranks), rank_(rank), meeting_(meeting) {
+    ++meeting_->attached;
+  }
+  ~State() {
+    munmap(meeting_, sizeof(Meeting));
+    shm_unlink(name_.c_str());
+  }
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+
+  bool is_complete() const { return meeting_->attached >= ranks_; }
+  void abort() { aborted_ = true; }
+
+  // Goes as far as the other ranks let it; whether it is done. `arrived` is the collective's own.
+  bool progress(const Collective& work, bool& arrived) {
+    if (aborted_) return true;
+    const regroup::emulation::Device::Access access(regroup::emulation::device());
+    if (!arrived) {
+      if (!is_complete() || !all_at_least(meeting_->left, done_)) return false;
+      std::memcpy(meeting_->values[rank_], work.from, work.bytes);
+      meeting_->arrived[static_cast<std::size_t>(rank_)] = done_ + 1;
+      arrived = true;
+    }
+    if (!all_at_least(meeting_->arrived, done_ + 1)) return false;
+    finish(work);
+    meeting_->left[static_cast<std::size_t>(rank_)] = ++done_;
+    return true;
   }
 
+ private:
   bool all_at_least(const std::array<std::atomic<std::uint64_t>, kMostRanks>& counts,
                     std::uint64_t number) const {
-    return std::all_of(counts.begin(), counts.begin() + ranks,
+    return std::all_of(counts.begin(), counts.begin() + ranks_,
                        [&](const auto& count) { return count >= number; });
   }
-
-  // Goes as far as the other ranks let it.
-  ncclResult_t progress() {
-    if (meeting->aborted) return ncclRemoteError;
-    if (!settled) {
-      if (meeting->attached < ranks) return ncclInProgress;
-      settled = true;
+  void finish(const Collective& work) const {
+    if (work.root >= 0) {
+      std::memcpy(work.to, meeting_->values[work.root], work.bytes);
+    } else if (work.type == ncclFloat64) {
+      reduce<double>(*meeting_, ranks_, work, work.to, work.bytes);
+    } else if (work.type == ncclFloat32) {
+      reduce<float>(*meeting_, ranks_, work, work.to, work.bytes);
+    } else if (work.type == ncclBfloat16) {
+      reduce<regroup::bfloat16>(*meeting_, ranks_, work, work.to, work.bytes);
+    } else {
+      reduce<std::int32_t>(*meeting_, ranks_, work, work.to, work.bytes);
     }
-    const regroup::emulation::Device::Access access(regroup::emulation::device());
-    while (work.bytes > 0) {
-      const std::size_t part = std::min(work.bytes, kPieceBytes);
-      if (!written) {
-        if (!all_at_least(meeting->left, pieces)) return ncclInProgress;
-        std::memcpy(meeting->values[rank], work.from, part);
-        meeting->arrived[static_cast<std::size_t>(rank)] = pieces + 1;
-        written = true;
-      }
-      if (!all_at_least(meeting->arrived, pieces + 1)) return ncclInProgress;
-      finish_piece(part);
-      meeting->left[static_cast<std::size_t>(rank)] = ++pieces;
-      written = false;
-      work.from += part;
-      work.to += part;
-      work.bytes -= part;
+  }
+
+  std::string name_;
+  int ranks_, rank_;
+  Meeting* meeting_;
+  std::uint64_t done_ = 0;
+  bool aborted_ = false;
+};
+
+// Between ncclGroupStart() and ncclGroupEnd() nothing begins.
+struct Group {
+  int depth = 0;
+  std::vector<std::function<void()>> begins;
+};
+Group& group() {
+  static Group instance;
+  return instance;
+}
+
+}  // namespace
+
+struct ncclComm {
+  std::shared_ptr<State> state;
+
+  ncclResult_t begin(const Collective& work, cudaStream_t stream) const {
+    if (work.bytes > kPieceBytes) return ncclInvalidArgument;
+    std::function<void()> issue = [owner = state, work, stream] {
+      stream->stream->issue_now(
+          [owner, work, arrived = false]() mutable { return owner->progress(work, arrived); });
+    };
+    if (group().depth > 0) {
+      group().begins.push_back(std::move(issue));
+    } else {
+      issue();
     }
     return ncclSuccess;
-  }
-
-  void finish_piece(std::size_t part) const {
-    if (work.root >= 0) {
-      std::memcpy(work.to, meeting->values[work.root], part);
-    } else if (work.type == ncclFloat64) {
-      reduce<double>(*meeting, ranks, work, work.to, part);
-    } else if (work.type == ncclFloat32) {
-      reduce<float>(*meeting, ranks, work, work.to, part);
-    } else if (work.type == ncclBfloat16) {
-      reduce<regroup::bfloat16>(*meeting, ranks, work, work.to, part);
-    } else {
-      reduce<std::int32_t>(*meeting, ranks, work, work.to, part);
-    }
-  }
-
-  ncclResult_t begin(const Collective& next) {
-    if (work.bytes > 0) return ncclInvalidUsage;  // one at a time
-    work = next;
-    return progress();
   }
 };
 
@@ -166,48 +197,92 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 ncclResult_t ncclCommInitRankConfig(ncclComm_t* communicator, int ranks, ncclUniqueId id, int rank,
                                     ncclConfig_t*) {
   if (ranks > kMostRanks) return ncclInvalidArgument;
-  auto result = std::make_unique<ncclComm>();
-  result->name = id.internal;
-  result->ranks = ranks;
-  result->rank = rank;
   const int file = shm_open(id.internal, O_RDWR | O_CREAT, 0600);
   if (file < 0 || ftruncate(file, sizeof(Meeting)) != 0) return ncclSystemError;
   void* const memory = mmap(nullptr, sizeof(Meeting), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   close(file);
   if (memory == MAP_FAILED) return ncclSystemError;
-  result->meeting = static_cast<Meeting*>(memory);
-  ++result->meeting->attached;
-  *communicator = result.release();
-  return ncclInProgress;
+  auto state = std::make_shared<State>(id.internal, ranks, rank, static_cast<Meeting*>(memory));
+  while (!state->is_complete()) std::this_thread::yield();
+  *communicator = std::make_unique<ncclComm>(ncclComm{std::move(state)}).release();
+  return ncclSuccess;
 }
-ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t* state) {
-  *state = communicator->progress();
+ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t* state) {
+  *state = ncclSuccess;
   return ncclSuccess;
 }
 ncclResult_t ncclCommDestroy(ncclComm_t communicator) {
+  regroup::emulation::refuse_while_unwinding("ncclCommDestroy");
   const std::unique_ptr<ncclComm> owned(communicator);
   return ncclSuccess;
 }
 ncclResult_t ncclCommAbort(ncclComm_t communicator) {
-  communicator->meeting->aborted = true;
+  communicator->state->abort();
   return ncclCommDestroy(communicator);
 }
 
 ncclResult_t ncclAllReduce(const void* from, void* to, std::size_t count, ncclDataType_t type, ncclRedOp_t op,
-                           ncclComm_t communicator, cudaStream_t) {
+                           ncclComm_t communicator, cudaStream_t stream) {
   return communicator->begin({.from = static_cast<const std::byte*>(from),
                               .to = static_cast<std::byte*>(to),
                               .bytes = bytes_of(type, count),
                               .type = type,
-                              .op = op});
+                              .op = op},
+                             stream);
 }
 ncclResult_t ncclBroadcast(const void* from, void* to, std::size_t count, ncclDataType_t type, int root,
-                           ncclComm_t communicator, cudaStream_t) {
+                           ncclComm_t communicator, cudaStream_t stream) {
   return communicator->begin({.from = static_cast<const std::byte*>(from),
                               .to = static_cast<std::byte*>(to),
                               .bytes = bytes_of(type, count),
                               .type = type,
-                              .root = root});
+                              .root = root},
+                             stream);
+}
+
+ncclResult_t ncclGroupStart() {
+  ++group().depth;
+  return ncclSuccess;
+}
+ncclResult_t ncclGroupEnd() {
+  if (--group().depth > 0) return ncclSuccess;
+  for (const auto& begin : std::exchange(group().begins, {})) begin();
+  return ncclSuccess;
+}
+
+// ---- A rank that waits in MPI leaves nothing undone on its GPU that others wait for there: a real GPU works
+// on.
+
+int MPI_Barrier(MPI_Comm comm) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Barrier(comm);
+}
+int MPI_Bcast(void* buffer, int count, MPI_Datatype type, int root, MPI_Comm comm) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Bcast(buffer, count, type, root, comm);
+}
+int MPI_Allreduce(const void* from, void* to, int count, MPI_Datatype type, MPI_Op op, MPI_Comm comm) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Allreduce(from, to, count, type, op, comm);
+}
+int MPI_Allgather(const void* from, int count, MPI_Datatype type, void* to, int to_count,
+                  MPI_Datatype to_type, MPI_Comm comm) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Allgather(from, count, type, to, to_count, to_type, comm);
+}
+int MPI_Allgatherv(const void* from, int count, MPI_Datatype type, void* to, const int counts[],
+                   const int starts[], MPI_Datatype to_type, MPI_Comm comm) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Allgatherv(from, count, type, to, counts, starts, to_type, comm);
+}
+int MPI_Alltoallv(const void* from, const int counts[], const int starts[], MPI_Datatype type, void* to,
+                  const int to_counts[], const int to_starts[], MPI_Datatype to_type, MPI_Comm comm) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Alltoallv(from, counts, starts, type, to, to_counts, to_starts, to_type, comm);
+}
+int MPI_Comm_split(MPI_Comm comm, int color, int key, MPI_Comm* part) {
+  regroup::emulation::run_all_streams();
+  return PMPI_Comm_split(comm, color, key, part);
 }
 
 }  // extern "C"

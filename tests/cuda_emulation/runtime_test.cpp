@@ -7,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/base/error.h"
 #include "kernels/base/random.h"
 
 namespace regroup::emulation {
@@ -64,6 +65,85 @@ TEST(DeviceMemory, IsLimited) {
   EXPECT_EQ(after, 0);
   EXPECT_EQ(cudaFree(data), cudaSuccess);
   EXPECT_EQ(cudaFree(data), cudaErrorInvalidValue);
+}
+
+// Two streams, each of which adds to what the other wrote. Of many rounds some show a wait that is missing.
+class TwoStreams {
+ public:
+  TwoStreams() {
+    for (cudaStream_t& stream : streams_) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    for (cudaEvent_t& event : events_) cudaEventCreate(&event);
+  }
+  ~TwoStreams() {
+    for (const cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+    for (const cudaEvent_t event : events_) cudaEventDestroy(event);
+  }
+  TwoStreams(const TwoStreams&) = delete;
+  TwoStreams& operator=(const TwoStreams&) = delete;
+
+  // x[0] after each of `rounds` doublings by one stream and additions of 1 by the other, one after another.
+  int run(int rounds, bool waits_there, bool waits_back) {
+    auto* x = memory_.as<int>();
+    cudaMemset(x, 0, sizeof(int));
+    for (int round = 0; round < rounds; ++round) {
+      on(0, [=] { x[0] = (x[0] * 2) % 1000003; });
+      if (waits_there) then(0, 1);
+      on(1, [=] { x[0] += 1; });
+      if (waits_back) then(1, 0);
+    }
+    int result = 0;
+    cudaStreamSynchronize(streams_[0]);
+    cudaMemcpy(&result, x, sizeof(result), cudaMemcpyDeviceToHost);
+    cudaStreamSynchronize(streams_[1]);
+    return result;
+  }
+
+ private:
+  void on(std::size_t stream, std::function<void()> thread) {
+    void* arguments[] = {&thread};
+    EXPECT_EQ(cudaLaunchKernel("a kernel", 1, 1, arguments, 0, streams_[stream]), cudaSuccess);
+  }
+  void then(std::size_t first, std::size_t second) {
+    cudaEventRecord(events_[first], streams_[first]);
+    cudaStreamWaitEvent(streams_[second], events_[first], 0);
+  }
+
+  Memory memory_{sizeof(int)};
+  cudaStream_t streams_[2] = {};
+  cudaEvent_t events_[2] = {};
+};
+
+TEST(Streams, AWaitThatIsMissingShows) {
+  constexpr int kRounds = 30;
+  int expected = 0;
+  for (int round = 0; round < kRounds; ++round) expected = (expected * 2) % 1000003 + 1;
+  EXPECT_EQ(TwoStreams().run(kRounds, true, true), expected);
+  EXPECT_NE(TwoStreams().run(kRounds, false, true), expected);
+  EXPECT_NE(TwoStreams().run(kRounds, true, false), expected);
+}
+
+TEST(Streams, EventsAreOfTheWorkBeforeThem) {
+  Memory memory(sizeof(int));
+  auto* x = memory.as<int>();
+  cudaStream_t stream = nullptr;
+  cudaEvent_t event = nullptr;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  cudaEventCreate(&event);
+  EXPECT_EQ(cudaEventQuery(event), cudaSuccess);
+  cudaMemsetAsync(x, 0, sizeof(int), stream);
+  cudaEventRecord(event, stream);
+  EXPECT_EQ(cudaEventSynchronize(event), cudaSuccess);
+  std::function<void()> thread = [] { throw InternalError("a fault of the kernel"); };
+  void* arguments[] = {&thread};
+  EXPECT_THROW(
+      {
+        cudaLaunchKernel("a kernel", 1, 1, arguments, 0, stream);
+        cudaStreamSynchronize(stream);
+      },
+      InternalError);
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  cudaEventDestroy(event);
+  cudaStreamDestroy(stream);
 }
 
 TEST(Launches, AreLimited) {

@@ -240,6 +240,38 @@ inline OpCase attention_backward_case(const AttentionCase& c) {
   return op;
 }
 
+struct Errors {
+  double naive = 0, own = 0, scale = 0;
+};
+
+// Largest errors against `want`.
+inline Errors errors_of(const Numbers& want, const Numbers& naive, const Numbers& own) {
+  Errors errors{.scale = largest(want)};
+  for (std::size_t n = 0; n < want.size(); ++n) {
+    if (std::isinf(want[n])) {
+      EXPECT_EQ(own[n], want[n]);
+      continue;
+    }
+    EXPECT_FALSE(std::isnan(own[n]));
+    errors.naive = std::max(errors.naive, std::abs(naive[n] - want[n]));
+    errors.own = std::max(errors.own, std::abs(own[n] - want[n]));
+  }
+  return errors;
+}
+
+// The rule of FlashAttention's tests: an error of at most twice the naive implementation's, plus one
+// rounding.
+inline void expect_no_worse_than_naive(const OpCase& op, const std::vector<Numbers>& want,
+                                       const std::vector<Numbers>& naive, const std::vector<Numbers>& own) {
+  for (std::size_t i = 0; i < op.arguments.size(); ++i) {
+    const Argument& argument = op.arguments[i];
+    if (argument.role == Role::kInput || argument.shape.empty()) continue;
+    const Errors errors = errors_of(want[i], naive[i], own[i]);
+    EXPECT_LE(errors.own, 2 * errors.naive + unit_roundoff(DType::kBFloat16) * errors.scale)
+        << op.name << ": " << argument.name << ", of at most " << errors.scale;
+  }
+}
+
 // Every combination of options, at lengths that fill no tile.
 inline std::vector<AttentionCase> attention_combinations(index_t queries, index_t keys, index_t size) {
   std::vector<AttentionCase> all;

@@ -42,38 +42,6 @@ TEST_P(AttentionTest, SameBitsInEveryRun) {
   }
 }
 
-struct Errors {
-  double naive = 0, own = 0, scale = 0;
-};
-
-// Largest errors against `want`.
-Errors errors_of(const Numbers& want, const Numbers& naive, const Numbers& own) {
-  Errors errors{.scale = largest(want)};
-  for (std::size_t n = 0; n < want.size(); ++n) {
-    if (std::isinf(want[n])) {
-      EXPECT_EQ(own[n], want[n]);
-      continue;
-    }
-    EXPECT_FALSE(std::isnan(own[n]));
-    errors.naive = std::max(errors.naive, std::abs(naive[n] - want[n]));
-    errors.own = std::max(errors.own, std::abs(own[n] - want[n]));
-  }
-  return errors;
-}
-
-// The rule of FlashAttention's tests: an error of at most twice the naive implementation's, plus one
-// rounding.
-void expect_no_worse_than_naive(const OpCase& op, const std::vector<Numbers>& want,
-                                const std::vector<Numbers>& naive, const std::vector<Numbers>& own) {
-  for (std::size_t i = 0; i < op.arguments.size(); ++i) {
-    const Argument& argument = op.arguments[i];
-    if (argument.role == Role::kInput || argument.shape.empty()) continue;
-    const Errors errors = errors_of(want[i], naive[i], own[i]);
-    EXPECT_LE(errors.own, 2 * errors.naive + unit_roundoff(DType::kBFloat16) * errors.scale)
-        << op.name << ": " << argument.name << ", of at most " << errors.scale;
-  }
-}
-
 TEST_P(AttentionTest, BFloat16IsNoWorseThanANaiveImplementation) {
   const auto& [device, c] = GetParam();
   const auto backend = make_test_backend(device);

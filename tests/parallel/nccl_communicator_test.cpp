@@ -79,6 +79,50 @@ TEST_F(Nccl, Broadcasts) {
   EXPECT_EQ(host<float>(memory, 100)[42], static_cast<float>(value(world_.size() - 1, 42)));
 }
 
+TEST_F(Nccl, SumsSeveralTensorsAsOne) {
+  const auto communicator = make_nccl_communicator("kv", world_, *backend_);
+  const index_t counts[] = {300, 0, 7};
+  std::vector<Buffer> memory;
+  std::vector<Tensor> tensors;
+  for (const index_t count : counts) {
+    memory.push_back(values<float>(count));
+    tensors.push_back(memory.back().tensor(DType::kFloat32, {count}));
+  }
+  communicator->all_reduce(tensors);
+  for (const std::size_t i : {0, 2}) {
+    const std::vector<float> got = host<float>(memory[i], counts[i]);
+    for (index_t n = 0; n < counts[i]; ++n) {
+      double sum = 0;
+      for (int rank = 0; rank < world_.size(); ++rank) sum += value(rank, n);
+      ASSERT_EQ(got[static_cast<std::size_t>(n)], sum);
+    }
+  }
+}
+
+// On streams of their own, several in flight, between ops of the device: each sees what was issued before it.
+TEST_F(Nccl, TakesTurnsWithTheDevice) {
+  const auto tp = make_nccl_communicator("tp", world_, *backend_);
+  const auto dp = make_nccl_communicator("dp", world_, *backend_);
+  constexpr index_t kCount = 64;
+  const Buffer x = backend_->allocate(kCount * 4), y = backend_->allocate(kCount * 4);
+  const Tensor a = x.tensor(DType::kFloat32, {kCount}), b = y.tensor(DType::kFloat32, {kCount});
+  const std::vector<float> ones(kCount, 1), twos(kCount, 2);
+  backend_->copy_from_host(ones.data(), a);
+  double sum = 1;
+  for (int round = 0; round < 12; ++round) {
+    backend_->copy_from_host(twos.data(), b);
+    backend_->scale(b, 0.5);
+    dp->start_all_reduce(b);  // world, beside what follows
+    backend_->scale(a, 3);
+    tp->all_reduce(a);
+    backend_->scale(a, 0.25);
+    dp->finish();
+    backend_->add(a, b, a);
+    sum = sum * 3 * world_.size() / 4 + world_.size();
+  }
+  EXPECT_EQ(host<float>(x, kCount)[kCount - 1], static_cast<float>(sum));
+}
+
 TEST_F(Nccl, SaysItsVersion) {
   EXPECT_EQ(make_nccl_communicator("world", world_, *backend_)->transport().substr(0, 5), "NCCL ");
 }
@@ -97,10 +141,13 @@ TEST_F(Nccl, ARankThatDoesNotComeIsAnErrorInTime) {
   const auto communicator = make_nccl_communicator("dp", world_, *backend_, {.deadline_seconds = 0.2});
   const Buffer memory = values<float>(10);
   if (world_.rank() != 0) {
+    testing::internal::CaptureStderr();
     const std::string message = message_of([&] {
       communicator->all_reduce(memory.tensor(DType::kFloat32, {10}));
       backend_->synchronize();
     });
+    const std::string told = testing::internal::GetCapturedStderr();
+    EXPECT_NE(told.find(message), std::string::npos) << told;
     EXPECT_NE(message.find("dp"), std::string::npos) << message;
     EXPECT_NE(message.find("all_reduce"), std::string::npos) << message;
     EXPECT_NE(message.find("late or gone"), std::string::npos) << message;

@@ -3,10 +3,11 @@
 //
 //   ACTION@FUNCTION[:N][,rank=R][,path=REGEX][,after=FUNCTION:M]
 //
-// ACTION: kill (SIGKILL to itself), stop (SIGSTOP), or ENOSPC, EIO, EROFS, ENOLCK, with which the call fails
-// from then on. FUNCTION: a name below; NAME-after: when the call has been done. N: at the N-th such call
-// (1), counted where the path in question (of rename: the new one; of a descriptor: its file's) contains a
-// match, and after M calls of another function. rank: OMPI_COMM_WORLD_RANK; without it, every rank.
+// ACTION: kill (SIGKILL to itself), stop (SIGSTOP), or ENOSPC, EIO, EROFS, ENOLCK, ENOSYS, with which the
+// call fails from then on. FUNCTION: a name below; NAME-after: when the call has been done. N: at the N-th
+// such call (1), counted where the path in question (of rename: the new one; of a descriptor: its file's)
+// contains a match, and after M calls of another function. rank: OMPI_COMM_WORLD_RANK; without it, every
+// rank.
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -30,7 +31,8 @@
 namespace {
 
 const std::map<std::string, int> kActions = {{"kill", -SIGKILL}, {"stop", -SIGSTOP}, {"ENOSPC", ENOSPC},
-                                             {"EIO", EIO},       {"EROFS", EROFS},   {"ENOLCK", ENOLCK}};
+                                             {"EIO", EIO},       {"EROFS", EROFS},   {"ENOLCK", ENOLCK},
+                                             {"ENOSYS", ENOSYS}};
 
 // A function and how many of its calls.
 struct Count {

@@ -348,6 +348,8 @@ class BudgetTest(FaultTest):
                 ([], r"ENOSPC@write,rank=0,path=/resolved\.cfg", "resolved.cfg: No space left on device"),
                 ([], r"EROFS@open,rank=0,path=/resolved\.cfg", "resolved.cfg: Read-only file system"),
                 ([], r"ENOLCK@flock,rank=0,path=/\.lock", r"cannot lock .*\.lock: No locks available"),
+                # Lustre that is mounted without flock.
+                ([], r"ENOSYS@flock,rank=0,path=/\.lock", r"cannot lock .*\.lock: .*Lustre: -o flock.*another"),
                 (["--d-model", 2**20, "--d-ff", 2**24], None, "bytes of memory were asked for and this host has not so many")):
             with self.subTest(f"{changes} {fault}"):
                 outcome = harness.run(changed(self.command, *changes), seconds=harness.SECONDS_TO_FAIL, fault=fault)

@@ -71,6 +71,7 @@ void try_device(const Options& options, const ProcessGroup& world, const Log& lo
   const RankDevice device = open_device(options, world, log);
   Backend& backend = *device.backend;
   facts.device = backend.device_id();
+  facts.device_node = numa_node_of(backend.bus_id());
   facts.cpu_level = processor_level(options);
   facts.peak = measure_peak(world, backend, compute_dtype(options));
   if (world.size() == 1) return;
@@ -111,7 +112,10 @@ JobFacts examine(const Options& options, const ProcessGroup& world,
                  const std::map<std::string, std::string>& environment, const SignalWatch& watch,
                  const Log& log) {
   const Watchdog watchdog(world, board_directory(world), std::min(options.hang_timeout, kPatience), log);
-  JobFacts job{.device = options.device, .precision = options.precision, .directory = options.run.string()};
+  JobFacts job{.device = options.device,
+               .tensor_parallel = options.layout.tensor_parallel,
+               .precision = options.precision,
+               .directory = options.run.string()};
   const ProcessGroup host = world.split_by_host();
   RankFacts facts = host_facts(launcher_of(environment), threads_of(options.threads, host.size()));
   world.barrier();

@@ -10,9 +10,9 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(LauncherFacts, name, pmix, ranks, job, step, 
                                    allocated_cores, process)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(DirectoryFacts, error, seen, renamed, locked_out, lock_error, written,
                                    write_seconds, flush_seconds, free, filesystem)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RankFacts, host, launcher, cores, offered_cores, threads, wrapper,
-                                   signalled, clock, memory, open_files, locked_memory, file_size, infiniband,
-                                   cpu_level, peak, device, devices, directory)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RankFacts, host, launcher, cores, core_nodes, offered_cores, threads,
+                                   wrapper, signalled, clock, memory, open_files, locked_memory, file_size,
+                                   infiniband, cpu_level, peak, device, devices, device_node, directory)
 
 LauncherFacts launcher_of(const std::map<std::string, std::string>& environment) {
   const auto text = [&](const char* name) {

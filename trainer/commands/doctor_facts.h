@@ -43,8 +43,9 @@ struct DirectoryFacts {
 struct RankFacts {
   std::string host;
   LauncherFacts launcher;
-  std::vector<int> cores;  // that it may run on
-  int offered_cores = 0;   // of this host, to all ranks of the job: what the launcher itself may use
+  std::vector<int> cores;       // that it may run on
+  std::vector<int> core_nodes;  // the NUMA nodes of these; empty where the host does not tell
+  int offered_cores = 0;        // of this host, to all ranks of the job: what the launcher itself may use
   int threads = 1;
   std::string wrapper;  // a program between launcher and rank that SIGUSR1 would end; "" for none
   bool signalled = false;
@@ -56,6 +57,7 @@ struct RankFacts {
   double peak = 0;        // FLOP/s of a matrix product, all ranks at once
   std::string device;     // id of the GPU
   int devices = 0;        // GPUs that it sees
+  int device_node = -1;   // the NUMA node of its GPU; -1: not known
   DirectoryFacts directory;
 };
 
@@ -67,10 +69,11 @@ struct JobFacts {
   std::vector<RankFacts> ranks;  // by rank
 
   std::string device = "cpu";  // or cuda, as asked for
-  std::string precision;       // of products
-  std::string device_error;    // why it could not be opened; "": it could
-  std::string transport;       // of tensors between ranks
-  double sum_rate = 0;         // bytes/s of a sum of 64 MiB over all ranks; 0 for a world of one
+  int tensor_parallel = 1;
+  std::string precision;     // of products
+  std::string device_error;  // why it could not be opened; "": it could
+  std::string transport;     // of tensors between ranks
+  double sum_rate = 0;       // bytes/s of a sum of 64 MiB over all ranks; 0 for a world of one
 
   std::string signalled;          // what SIGUSR1 was sent to, "mpirun (process 12)"; "" where it was not
   std::string signals_untested;   // why not, where that is no fault

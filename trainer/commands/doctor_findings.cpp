@@ -222,8 +222,8 @@ void judge_clocks(const JobFacts& job, std::vector<Finding>& findings) {
 
 std::vector<Finding> judge(const JobFacts& job) {
   std::vector<Finding> findings;
-  for (const auto& part : {judge_launcher, judge_hosts, judge_cores, judge_signals, judge_directory,
-                           judge_devices, judge_limits}) {
+  for (const auto& part : {judge_launcher, judge_hosts, judge_cores, judge_placement, judge_signals,
+                           judge_directory, judge_devices, judge_limits}) {
     for (Finding& finding : part(job)) findings.push_back(std::move(finding));
   }
   return findings;

@@ -32,6 +32,8 @@ std::vector<Finding> judge(const JobFacts& job);
 std::vector<Finding> judge_launcher(const JobFacts& job);
 std::vector<Finding> judge_hosts(const JobFacts& job);  // how ranks lie on hosts, memory, clocks
 std::vector<Finding> judge_cores(const JobFacts& job);
+// Of GPUs and their ranks' cores, and of tensor-parallel groups and hosts. Nothing where all is well.
+std::vector<Finding> judge_placement(const JobFacts& job);
 std::vector<Finding> judge_signals(const JobFacts& job);
 std::vector<Finding> judge_directory(const JobFacts& job);
 std::vector<Finding> judge_devices(const JobFacts& job);

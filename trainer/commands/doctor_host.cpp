@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -45,6 +46,38 @@ std::vector<int> cores_of_process(pid_t pid) {
     if (CPU_ISSET(static_cast<unsigned>(core), &allowed)) cores.push_back(core);
   }
   return cores;
+}
+
+// A list such as "0-3,8" of the kernel's.
+std::vector<int> numbers_of(const std::string& list) {
+  std::vector<int> numbers;
+  std::istringstream in(list);
+  for (std::string part; std::getline(in, part, ',');) {
+    int first = 0, last = 0;
+    char dash = 0;
+    std::istringstream range(part);
+    if (!(range >> first)) continue;
+    if (!(range >> dash >> last)) last = first;
+    for (int number = first; number <= last; ++number) numbers.push_back(number);
+  }
+  return numbers;
+}
+
+// The NUMA nodes that any of the cores belongs to, ascending.
+std::vector<int> nodes_of(const std::vector<int>& cores) {
+  std::vector<int> nodes;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator("/sys/devices/system/node", ignored)) {
+    const std::string name = entry.path().filename();
+    if (!name.starts_with("node")) continue;
+    std::string list;
+    std::getline(std::ifstream(entry.path() / "cpulist") >> std::ws, list);
+    const std::vector<int> own = numbers_of(list);
+    const auto belongs = [&](int core) { return std::find(own.begin(), own.end(), core) != own.end(); };
+    if (std::any_of(cores.begin(), cores.end(), belongs)) nodes.push_back(std::atoi(name.c_str() + 4));
+  }
+  std::sort(nodes.begin(), nodes.end());
+  return nodes;
 }
 
 std::uint64_t limit_of(decltype(RLIMIT_NOFILE) resource) {
@@ -219,6 +252,12 @@ std::map<std::string, std::string> start_environment() {
   return result;
 }
 
+int numa_node_of(const std::string& bus_id) {
+  int node = -1;
+  if (!bus_id.empty()) std::ifstream(fs::path("/sys/bus/pci/devices") / bus_id / "numa_node") >> node;
+  return node;
+}
+
 RankFacts host_facts(const LauncherFacts& launcher, int threads) {
   RankFacts facts{.host = host_name(),
                   .launcher = launcher,
@@ -231,6 +270,7 @@ RankFacts host_facts(const LauncherFacts& launcher, int threads) {
   std::error_code ignored;
   const fs::directory_iterator adapters("/sys/class/infiniband", ignored);
   facts.infiniband = !ignored && adapters != fs::directory_iterator();
+  facts.core_nodes = nodes_of(facts.cores);
   facts.offered_cores = static_cast<int>(facts.cores.size());
   const std::vector<Process> above = launcher.name.empty() ? std::vector<Process>() : ancestors();
   if (above.empty()) return facts;

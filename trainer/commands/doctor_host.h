@@ -17,6 +17,9 @@ std::map<std::string, std::string> start_environment();
 // What cannot be read stays at its default. Local.
 RankFacts host_facts(const LauncherFacts& launcher, int threads);
 
+// The NUMA node of a device on the PCI bus, "0000:3b:00.0"; -1 where the host does not tell.
+int numa_node_of(const std::string& bus_id);
+
 // What SIGUSR1 was sent to, or why it was not (JobFacts has the same members).
 struct SignalTrial {
   std::string signalled, untested, forbidden;

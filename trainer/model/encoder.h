@@ -24,6 +24,7 @@ class EncoderLayer {
   };
 
   EncoderLayer(const ParameterStore& store, index_t layer, int tp_rank, int tp_size);
+  // x, y T [N, D]. y empty: only `saved`.
   void forward(Step& step, Tensor x, Tensor y, Saved& saved, const Context& context) const;
   void backward(Step& step, Tensor gradient, const Saved& saved, const Context& context) const;
 

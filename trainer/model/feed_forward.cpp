@@ -28,6 +28,7 @@ void FeedForward::forward(Step& step, Tensor x, Tensor y, index_t length, Saved&
   } else {
     step.backend.gated_gelu(saved.inner, saved.hidden, hidden_dropout(step, length));
   }
+  if (!y) return;
   const Arena::Frame frame(step.scratch);
   const Tensor projected = step.scratch.allocate(x.dtype, {x[0], x[1]});
   step.backend.matmul(saved.hidden, wo_.weight, projected, {.transpose_b = true});

@@ -19,7 +19,8 @@ class FeedForward {
   // `prefix`: "encoder.block.0.layer.1."; dropout at `site` and `site + 1`.
   FeedForward(const ParameterStore& store, const std::string& prefix, index_t site, int tp_rank);
 
-  // y = x + ...; x, y T [N, D] with `length` rows a sample.
+  // y = x + ...; x, y T [N, D] with `length` rows a sample. y empty: only `saved`, without the last product
+  // and its sum over ranks.
   void forward(Step& step, Tensor x, Tensor y, index_t length, Saved& saved) const;
   // gradient: of y on entry, of x on return.
   void backward(Step& step, Tensor gradient, index_t length, const Saved& saved) const;

@@ -16,15 +16,15 @@ void forward_layer(Step& step, const Layer& layer, Tensor x, Tensor y, typename 
   layer.forward(step, x, y, forgotten, args...);
 }
 
-// layer.backward(step, gradient, saved, args...), preceded under step.recompute by the forward it needs.
+// layer.backward(step, gradient, saved, args...), preceded under step.recompute by as much of the forward as
+// it needs: all but the layer's output.
 template <class Layer, class... Args>
 void backward_layer(Step& step, const Layer& layer, Tensor x, Tensor gradient,
                     const typename Layer::Saved& saved, const Args&... args) {
   if (!step.recompute) return layer.backward(step, gradient, saved, args...);
   const Arena::Frame frame(step.saved);
   typename Layer::Saved again;
-  const Tensor y = step.saved.allocate(x.dtype, {x[0], x[1]});
-  layer.forward(step, x, y, again, args...);
+  layer.forward(step, x, /*y=*/Tensor(), again, args...);
   layer.backward(step, gradient, again, args...);
 }
 

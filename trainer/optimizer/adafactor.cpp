@@ -86,7 +86,7 @@ Adafactor::Adafactor(Backend& backend, ParameterStore& store, const Mesh& mesh, 
 
 Adafactor::~Adafactor() = default;
 
-double Adafactor::do_update(index_t step, double learning_rate, double largest_norm) {
+double Adafactor::do_update(index_t step, double learning_rate, const Verdict& takes) {
   AdafactorOptions options = {.learning_rate = learning_rate,
                               .epsilon_gradient = options_.epsilon_gradient,
                               .epsilon_parameter = options_.epsilon_parameter,
@@ -101,7 +101,7 @@ double Adafactor::do_update(index_t step, double learning_rate, double largest_n
     return std::sqrt(totals_.reduce_statistics());
   };
   const double norm = statistics();
-  if (!std::isfinite(norm) || norm > largest_norm) return norm;
+  if (!takes(norm)) return norm;
   if (options_.max_gradient_norm > 0 && norm > options_.max_gradient_norm) {
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
     statistics();

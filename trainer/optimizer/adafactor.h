@@ -30,7 +30,7 @@ class Adafactor final : public Optimizer {
   index_t state_bytes() const override { return state_.bytes(); }
 
  private:
-  double do_update(index_t step, double learning_rate, double largest_norm) override;
+  double do_update(index_t step, double learning_rate, const Verdict& takes) override;
   struct Plan;  // where each parameter's slots lie
   static std::vector<Plan> plan(const ParameterStore& store, const Options& options, int tp_size);
 

@@ -31,10 +31,10 @@ AdamW::AdamW(Backend& backend, ParameterStore& store, const Mesh& mesh, const Op
   }
 }
 
-double AdamW::do_update(index_t step, double learning_rate, double largest_norm) {
+double AdamW::do_update(index_t step, double learning_rate, const Verdict& takes) {
   backend_.adamw_statistics(slots_);
   const double norm = std::sqrt(totals_.reduce_statistics());
-  if (!std::isfinite(norm) || norm > largest_norm) return norm;
+  if (!takes(norm)) return norm;
   if (options_.max_gradient_norm > 0 && norm > options_.max_gradient_norm) {
     backend_.scale(store_.all_gradients(), options_.max_gradient_norm / norm);
   }

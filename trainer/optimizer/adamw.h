@@ -23,7 +23,7 @@ class AdamW final : public Optimizer {
   index_t state_bytes() const override { return state_.bytes(); }
 
  private:
-  double do_update(index_t step, double learning_rate, double largest_norm) override;
+  double do_update(index_t step, double learning_rate, const Verdict& takes) override;
   Backend& backend_;
   ParameterStore& store_;
   Options options_;

@@ -1,7 +1,8 @@
 // What every optimizer does: one update from the summed gradients, global over tensor-parallel ranks.
 #pragma once
 
-#include <limits>
+#include <cmath>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -22,10 +23,13 @@ class Optimizer {
   // Updates the store's masters and weights from its gradients (already summed over dp and KV replicas) at
   // 0-based step `step`. Norms and means are over global tensors: partial sums of all tensors travel together
   // over the tp axis. Collective over tp. Returns the norm of the whole gradient, every replicated element
-  // counted once, before any clipping. Where it is not finite or above `largest_norm`, nothing is changed.
-  double update(index_t step, double learning_rate,
-                double largest_norm = std::numeric_limits<double>::infinity()) {
-    return do_update(step, learning_rate, largest_norm);
+  // counted once, before any clipping. Where `takes` refuses that norm, nothing is changed; its answer is the
+  // same on all ranks.
+  using Verdict = std::function<bool(double norm)>;
+  double update(
+      index_t step, double learning_rate,
+      const Verdict& takes = [](double norm) { return std::isfinite(norm); }) {
+    return do_update(step, learning_rate, takes);
   }
 
   // The state under "<parameter>.<slot>" with global shapes; memory of the device, owned by the optimizer.
@@ -35,7 +39,7 @@ class Optimizer {
   virtual index_t state_bytes() const = 0;
 
  private:
-  virtual double do_update(index_t step, double learning_rate, double largest_norm) = 0;
+  virtual double do_update(index_t step, double learning_rate, const Verdict& takes) = 0;
 };
 
 // Per-tensor sums of an update: a float64 matrix [parameters, 4] at the head of a buffer that also holds

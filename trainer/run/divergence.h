@@ -1,5 +1,5 @@
 // Whether a training step goes astray: a loss or gradient norm that is not finite, or a spike above the
-// recent ones. A function of global numbers only: every rank comes to the same verdict.
+// recent ones.
 #pragma once
 
 #include <optional>
@@ -8,21 +8,14 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include "kernels/dtype.h"
+#include "parallel/process_group.h"
 
 namespace regroup {
 
 // Knows the steps so far by running statistics; a value, part of the run's state: a run that is resumed or
-// rolled back judges as it did then.
-//
-//   std::optional<std::string> reason = divergence.judge_loss(loss, threshold);
-//   if (!reason) {
-//     norm = optimizer.update(step, rate, divergence.largest_norm(threshold));
-//     reason = divergence.judge_norm(norm, threshold);
-//   }
-//   if (reason) divergence.reject(); else divergence.accept(loss, norm);
-//
-// `threshold`: how many standard deviations above the recent mean is a spike; 0: nothing finite is. Below the
-// mean nothing is a spike, and nothing finite is in the first kFewestSteps steps.
+// rolled back judges as it did then. `threshold`: how many standard deviations above the recent mean is a
+// spike; 0: nothing finite is. Below the mean nothing is a spike, and nothing finite is in the first
+// kFewestSteps steps.
 class Divergence {
  public:
   static constexpr index_t kWindow = 100;      // steps that the statistics remember, about
@@ -63,6 +56,39 @@ class Divergence {
   index_t steps_ = 0;  // accepted
   index_t rejected_in_a_row_ = 0;
   Statistics loss_, norm_;
+};
+
+// Judges one step by rank 0's numbers: sums over ranks may differ in their last bits, and all ranks must
+// decide alike. Loss first, then norm; both are collective over `world`.
+//
+//   StepJudge judge(world, divergence, threshold);
+//   if (judge.passes_loss(loss)) optimizer.update(..., [&](double norm) { return judge.passes_norm(norm); });
+//   if (judge.problem()) divergence.reject(); else divergence.accept(judge.loss(), judge.norm());
+class StepJudge {
+ public:
+  StepJudge(const ProcessGroup& world, const Divergence& divergence, double threshold)
+      : world_(world), divergence_(divergence), threshold_(threshold) {}
+
+  bool passes_loss(double loss) {
+    loss_ = world_.broadcast(loss);
+    problem_ = divergence_.judge_loss(loss_, threshold_);
+    return !problem_;
+  }
+  bool passes_norm(double norm) {
+    norm_ = world_.broadcast(norm);
+    problem_ = divergence_.judge_norm(norm_, threshold_);
+    return !problem_;
+  }
+  // Rank 0's.
+  double loss() const { return loss_; }
+  double norm() const { return norm_; }
+  const std::optional<std::string>& problem() const { return problem_; }
+
+ private:
+  const ProcessGroup& world_;
+  const Divergence& divergence_;
+  double threshold_, loss_ = 0, norm_ = 0;
+  std::optional<std::string> problem_;
 };
 
 // Keeps every bit.

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/base/json.h"
+#include "trainer/run/micro_batch.h"
 
 namespace regroup {
 namespace {
@@ -11,12 +12,7 @@ namespace {
 // memory.
 index_t suitable_inputs(const Options& options) { return options.device == "cuda" ? 32768 : 4096; }
 
-index_t largest_divisor(index_t number, index_t most) {
-  for (index_t divisor = std::min(number, most); divisor > 1; --divisor) {
-    if (number % divisor == 0) return divisor;
-  }
-  return 1;
-}
+bool always(index_t) { return true; }
 
 }  // namespace
 
@@ -89,7 +85,7 @@ Schedule schedule_of(const Options& options, index_t total_steps) {
           .total = total_steps};
 }
 
-index_t micro_batch_of(const Options& options, int data_parallel) {
+index_t micro_batch_of(const Options& options, int data_parallel, const std::function<bool(index_t)>& fits) {
   if (options.batch_size % data_parallel != 0) {
     throw UserError("batch-size = {} cannot be shared by {} data-parallel ranks; use a multiple such as {}",
                     options.batch_size, data_parallel,
@@ -97,10 +93,11 @@ index_t micro_batch_of(const Options& options, int data_parallel) {
   }
   const index_t share = options.batch_size / data_parallel;
   if (options.micro_batch == 0)
-    return largest_divisor(share, std::max<index_t>(1, suitable_inputs(options) / options.inputs_length));
+    return fitting_micro_batch(share, std::max<index_t>(1, suitable_inputs(options) / options.inputs_length),
+                               fits);
   if (share % options.micro_batch != 0) {
     throw UserError("micro-batch = {} does not divide a rank's {} sequences of a step; use {}",
-                    options.micro_batch, share, largest_divisor(share, options.micro_batch));
+                    options.micro_batch, share, fitting_micro_batch(share, options.micro_batch, always));
   }
   return options.micro_batch;
 }

@@ -1,6 +1,7 @@
 // From options to what the parts of a run are made with.
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include <nlohmann/json_fwd.hpp>
@@ -26,9 +27,12 @@ ModelConfig uptrained_config(const Options& options, const ModelConfig& parent);
 
 Schedule schedule_of(const Options& options, index_t total_steps);
 
-// Sequences of one micro-batch of a rank. UserError where data_parallel does not divide the batch, or the
-// micro-batch not a rank's share of it, naming values that would do.
-index_t micro_batch_of(const Options& options, int data_parallel);
+// Sequences of one micro-batch of a rank: what was asked for, or as many as suit the device, of those for
+// which `fits` holds. UserError where data_parallel does not divide the batch, or the micro-batch not a
+// rank's share of it, naming values that would do.
+index_t micro_batch_of(
+    const Options& options, int data_parallel,
+    const std::function<bool(index_t)>& fits = [](index_t) { return true; });
 
 // The same for evaluation, where nothing needs to divide.
 index_t evaluation_micro_batch(const Options& options);

@@ -91,6 +91,7 @@ RankDevice open_device(const Options& options, const ProcessGroup& world, const 
   // The watchdog comes first: it says more than NCCL knows.
   constexpr double kLater = 60;
   const NcclOptions nccl{.deterministic = options.deterministic,
+                         .log = log,
                          .deadline_seconds = Watchdog::bound(options.hang_timeout) + kLater};
   result.communicators = [&backend, nccl](std::string name, const ProcessGroup& group) {
     return make_nccl_communicator(std::move(name), group, backend, nccl);

@@ -12,8 +12,6 @@
 namespace regroup {
 namespace {
 
-constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
-
 double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -173,19 +171,15 @@ LossSums TrainingRun::forward_and_backward(double targets) {
 void TrainingRun::update(const LossSums& sums, double began, double waited) {
   world_.heartbeat().beat("updating the weights");
   const double rate = learning_rate(schedule_, state_.step);
-  const double threshold = options_.spike_threshold;
-  const double loss = (sums.cross_entropy + sums.z_loss) / sums.targets;
-  double norm = kUnknown;
-  std::optional<std::string> reason = state_.divergence.judge_loss(loss, threshold);
-  if (!reason) {
-    norm = optimizer_->update(state_.step, rate, state_.divergence.largest_norm(threshold));
-    reason = state_.divergence.judge_norm(norm, threshold);
+  StepJudge judge(world_, state_.divergence, options_.spike_threshold);
+  if (judge.passes_loss((sums.cross_entropy + sums.z_loss) / sums.targets)) {
+    optimizer_->update(state_.step, rate, [&judge](double norm) { return judge.passes_norm(norm); });
   }
-  if (reason) {
-    diverged(*reason);
+  if (judge.problem()) {
+    diverged(*judge.problem());
     return;
   }
-  state_.divergence.accept(loss, norm);
+  state_.divergence.accept(judge.loss(), judge.norm());
   state_.step += 1;
   state_.samples += options_.batch_size;
   if (!reporter_) return;
@@ -198,7 +192,7 @@ void TrainingRun::update(const LossSums& sums, double began, double waited) {
                    .loss = sums.mean(),
                    .z_loss = sums.z_loss / sums.targets,
                    .learning_rate = rate,
-                   .gradient_norm = norm,
+                   .gradient_norm = judge.norm(),
                    .tokens_per_second = tokens / seconds,
                    .share_of_peak = flops_per_step_ / seconds / peak_flops_,
                    .data_wait_share = (batches_->wait_seconds() - waited) / seconds,
@@ -206,8 +200,7 @@ void TrainingRun::update(const LossSums& sums, double began, double waited) {
                    .samples = state_.samples});
 }
 
-// A step that must not be taken: nothing of it is in the weights. `reason` comes from sums over ranks and is
-// the same on all of them.
+// A step that must not be taken: nothing of it is in the weights. `reason` is the same on all ranks.
 void TrainingRun::diverged(const std::string& reason) {
   state_.divergence.reject();
   const std::string what = fmt::format("{} at step {}", reason, state_.step + 1);

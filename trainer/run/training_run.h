@@ -49,6 +49,7 @@ class TrainingRun {
   void plan_conversion();
   void continue_conversion();
   void prepare();
+  void fit_micro_batch();
   void build();
   std::vector<TensorSet> tensor_sets() const;
   std::optional<std::string> load();

@@ -11,6 +11,7 @@
 #include "trainer/optimizer/adafactor.h"
 #include "trainer/optimizer/adamw.h"
 #include "trainer/run/evaluation.h"
+#include "trainer/run/micro_batch.h"
 #include "trainer/run/model_options.h"
 #include "trainer/run/parent_conversion.h"
 #include "trainer/run/parent_moments.h"
@@ -235,8 +236,33 @@ void TrainingRun::prepare() {
   peak_flops_ = peak[0];
   log_.info("matmul peak of all ranks ({}, {}), measured: {:.0f} GFLOP/s", backend_->describe(),
             options_.precision, peak_flops_ * 1e-9);
+  fit_micro_batch();
   if (uptraining() && !resuming()) plan_conversion();
   build();
+}
+
+// Where the user leaves it open: what the memory holds that every rank has free.
+void TrainingRun::fit_micro_batch() {
+  if (options_.micro_batch > 0 || !backend_->free_bytes()) return;
+  const index_t free = *backend_->free_bytes();
+  const auto bytes_of = [&](index_t micro_batch) {
+    return training_bytes(*backend_, *mesh_, config_,
+                          runner_options(options_, *training_, micro_batch, /*train=*/true),
+                          options_.optimizer) +
+           kUnplannedBytes;
+  };
+  const index_t suitable = micro_batch_;
+  std::array<double, 1> smallest = {static_cast<double>(
+      micro_batch_of(options_, layout_.data_parallel, [&](index_t size) { return bytes_of(size) <= free; }))};
+  world_.all_reduce(smallest, ReduceOp::kMin);
+  micro_batch_ = static_cast<index_t>(smallest[0]);
+  if (micro_batch_ == suitable) return;
+  log_.info(
+      "micro-batches of {} would need {:.1f} GB of a GPU, of which {:.1f} are free: they are of {}, which "
+      "need "
+      "{:.1f} (--micro-batch chooses, --recompute saves memory)",
+      suitable, static_cast<double>(bytes_of(suitable)) * 1e-9, static_cast<double>(free) * 1e-9,
+      micro_batch_, static_cast<double>(bytes_of(micro_batch_)) * 1e-9);
 }
 
 // Where the run begins or goes on, and on what.

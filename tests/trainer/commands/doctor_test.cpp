@@ -97,6 +97,44 @@ TEST(Doctor, HostsThatAreAlikeAreOneFinding) {
   EXPECT_EQ(judge_cores(job).size(), 1U);
 }
 
+// ---- Placement
+// -----------------------------------------------------------------------------------------------------
+
+// Two GPUs at each of two sockets; Slurm's default deals the ranks to the sockets in turn.
+JobFacts on_two_sockets(const std::string& launcher, bool dealt_in_turn) {
+  JobFacts job = healthy(1, launcher);
+  for (std::size_t rank = 0; rank < job.ranks.size(); ++rank) {
+    job.ranks[rank].device_node = static_cast<int>(rank / 2);
+    job.ranks[rank].core_nodes = {static_cast<int>(dealt_in_turn ? rank % 2 : rank / 2)};
+  }
+  return job;
+}
+
+TEST(DoctorPlacement, GpusOfTheOtherSocket) {
+  EXPECT_TRUE(judge_placement(on_two_sockets("srun", false)).empty());
+  expect_bad(on_two_sockets("srun", true), "placement", "ranks 1-2: .*NUMA node 1, GPU of 0",
+             "--distribution=block:block");
+  expect_bad(on_two_sockets("mpirun", true), "placement", "ranks 1-2: ", "--rank-by slot");
+  JobFacts unbound = on_two_sockets("srun", true);
+  for (RankFacts& rank : unbound.ranks) rank.core_nodes = {0, 1};
+  EXPECT_TRUE(judge_placement(unbound).empty());
+}
+
+TEST(DoctorPlacement, TensorParallelGroupsThatSpanHosts) {
+  JobFacts job = healthy(2, "srun");
+  job.tensor_parallel = 4;
+  EXPECT_TRUE(judge_placement(job).empty());
+  for (std::size_t rank = 0; rank < job.ranks.size(); ++rank) {
+    job.ranks[rank].host = rank % 2 == 0 ? "node1" : "node2";  // cyclic
+  }
+  const auto placement = [&] { return judge_placement(job).at(0); };
+  EXPECT_EQ(placement().found, "2 of 2 tensor-parallel groups span hosts, group 0 with ranks 0-3 for one");
+  EXPECT_NE(placement().fix.find("--distribution=block:block"), std::string::npos) << placement().fix;
+  job = healthy(2);
+  job.tensor_parallel = 8;
+  EXPECT_EQ(placement().fix, "a --tensor-parallel that divides the 4 ranks of a host");
+}
+
 // ---- Launcher
 // ------------------------------------------------------------------------------------------------------
 

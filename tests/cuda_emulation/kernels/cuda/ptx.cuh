@@ -108,41 +108,59 @@ inline void pin(std::uint32_t (&)[4]) {}
 inline void wgmma_begin() {}
 inline void wgmma_end() {}
 
-// PTX ISA, "Matrix descriptor" and "Swizzling modes": the bytes of b by the canonical layouts of 128-byte
-// swizzling, then bits 4 to 6 of the address exclusive or bits 7 to 9. Done at once, each warp for itself.
-template <bool kTransposed>
-void wgmma_m64n64k16(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, bool accumulate) {
+// PTX ISA, "Matrix descriptor" and "Swizzling modes": the bytes of a tile by the canonical layouts of
+// 128-byte swizzling, then bits 4 to 6 of the address exclusive or bits 7 to 9.
+inline float swizzled_element(const void* tile, int row, int column) {
   constexpr std::uintptr_t kGroup = 1024;  // bytes between groups of 8 rows
-  const auto element = [b](int row, int column) {
-    const auto r = static_cast<std::uintptr_t>(row), c = static_cast<std::uintptr_t>(column);
-    const std::uintptr_t place = reinterpret_cast<std::uintptr_t>(b) + r / 8 * kGroup + r % 8 * 128 + c * 2;
-    bfloat16 value;
-    std::memcpy(&value, reinterpret_cast<const void*>(place ^ (place >> 7 & 7) << 4), sizeof value);
-    return static_cast<float>(value);
-  };
-  struct Slot {
-    float (*d)[4];
-    const std::uint32_t* a;
-    const void* b;
-    bool accumulate;
-  };
-  Slot mine{d, a, b, accumulate};
-  emulation::collective("wgmma", mine, [&element](const emulation::Slots<Slot>& lanes) {
-    float left[16][16];
+  const auto r = static_cast<std::uintptr_t>(row), c = static_cast<std::uintptr_t>(column);
+  const std::uintptr_t place = reinterpret_cast<std::uintptr_t>(tile) + r / 8 * kGroup + r % 8 * 128 + c * 2;
+  bfloat16 value;
+  std::memcpy(&value, reinterpret_cast<const void*>(place ^ (place >> 7 & 7) << 4), sizeof value);
+  return static_cast<float>(value);
+}
+
+// One lane's part in a product of a warpgroup. `a`: a tile, or a lane's registers.
+struct WgmmaOperands {
+  float (*d)[4];
+  const void* a_tile;
+  const std::uint32_t* a;
+  const void* b;
+  bool accumulate, b_transposed;
+  int first_row;  // the warp's, of a_tile
+};
+
+inline void check_tile(const void* tile) {
+  const auto address = reinterpret_cast<std::uintptr_t>(tile);
+  check(address % 16 == 0 && (address & 0x380) == 0, "wgmma of a tile that is not aligned to 1024 bytes");
+}
+
+// Done at once, each warp for itself.
+inline void wgmma(WgmmaOperands mine) {
+  mine.first_row = emulation::warp() % 4 * 16;
+  emulation::collective("wgmma", mine, [](const emulation::Slots<WgmmaOperands>& lanes) {
+    float left[16][16], right[16][64];
     for (int l = 0; l < 32; ++l) {
-      check(lanes[l] != nullptr && lanes[l]->b == lanes[0]->b && lanes[l]->accumulate == lanes[0]->accumulate,
+      check(lanes[l] != nullptr && lanes[l]->a_tile == lanes[0]->a_tile && lanes[l]->b == lanes[0]->b &&
+                lanes[l]->accumulate == lanes[0]->accumulate,
             "wgmma by lanes that do not agree");
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2 && lanes[l]->a != nullptr; ++half) {
         for (int i = 0; i < 4; ++i) {
           left[l / 4 + i % 2 * 8][2 * (l % 4) + i / 2 * 8 + half] = bf16_of(lanes[l]->a[i], half);
         }
       }
     }
-    const auto address = reinterpret_cast<std::uintptr_t>(lanes[0]->b);
-    check(address % 16 == 0 && (address & 0x380) == 0, "wgmma of a tile that is not aligned to 1024 bytes");
-    float right[16][64];
+    const WgmmaOperands& x = *lanes[0];
+    check_tile(x.b);
+    if (x.a_tile != nullptr) {
+      check_tile(x.a_tile);
+      for (int m = 0; m < 16; ++m) {
+        for (int k = 0; k < 16; ++k) left[m][k] = swizzled_element(x.a_tile, x.first_row + m, k);
+      }
+    }
     for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < 64; ++n) right[k][n] = kTransposed ? element(k, n) : element(n, k);
+      for (int n = 0; n < 64; ++n) {
+        right[k][n] = x.b_transposed ? swizzled_element(x.b, n, k) : swizzled_element(x.b, k, n);
+      }
     }
     for (int l = 0; l < 32; ++l) {
       for (int n = 0; n < 8; ++n) {
@@ -155,6 +173,19 @@ void wgmma_m64n64k16(float (&d)[8][4], const std::uint32_t (&a)[4], const void* 
       }
     }
   });
+}
+inline void wgmma_m64n64k16(float (&d)[8][4], const void* a, const void* b, bool accumulate) {
+  wgmma({.d = d,
+         .a_tile = a,
+         .a = nullptr,
+         .b = b,
+         .accumulate = accumulate,
+         .b_transposed = true,
+         .first_row = 0});
+}
+inline void wgmma_m64n64k16(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b) {
+  wgmma(
+      {.d = d, .a_tile = nullptr, .a = a, .b = b, .accumulate = true, .b_transposed = false, .first_row = 0});
 }
 
 }  // namespace regroup::ptx
