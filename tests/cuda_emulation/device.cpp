@@ -1,16 +1,16 @@
 #include "tests/cuda_emulation/device.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <functional>
+
+#include "kernels/base/error.h"
+#include "tests/cuda_emulation/streams.h"
 
 namespace regroup::emulation {
 
 void refuse_while_unwinding(const char* call) {
-  if (std::uncaught_exceptions() == 0) return;
-  std::fprintf(stderr, "%s while an exception unwinds the stack\n", call);
-  std::abort();
+  // Thrown there it ends the process.
+  check(std::uncaught_exceptions() == 0, "{} while an exception unwinds the stack", call);
 }
 
 void* Device::allocate(std::size_t bytes) {
@@ -64,6 +64,12 @@ bool Device::contains_pinned(const void* address, std::size_t bytes) const {
 std::size_t Device::allowed_shared(const void* kernel) const {
   const auto found = shared_bytes_.find(kernel);
   return found == shared_bytes_.end() ? kDefaultSharedBytes : found->second;
+}
+
+std::shared_ptr<Stream> Device::make_stream() {
+  auto stream = std::make_shared<Stream>(static_cast<unsigned>(streams_.size()));
+  streams_.push_back(stream);
+  return stream;
 }
 
 void Device::wait() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
@@ -10,6 +11,8 @@
 #include "tests/cuda_emulation/guarded_memory.h"
 
 namespace regroup::emulation {
+
+class Stream;  // streams.h
 
 class Device {
  public:
@@ -37,8 +40,17 @@ class Device {
 
   // The host has waited for the device.
   void wait();
-  // 0, 1, 2...
-  unsigned next_stream() { return streams_++; }
+  // A new stream, with a number of its own, and all that were made: what is in one runs on when it is
+  // destroyed.
+  std::shared_ptr<Stream> make_stream();
+  const std::vector<std::shared_ptr<Stream>>& streams() const { return streams_; }
+
+  // What NCCL was told between ncclGroupStart() and ncclGroupEnd().
+  struct Group {
+    int depth = 0;
+    std::vector<std::function<void()>> begins;
+  };
+  Group& group() { return group_; }
 
   // While one exists, device memory may be touched: all of it, or the blocks that contain `addresses` (those
   // that are device memory).
@@ -63,7 +75,8 @@ class Device {
   Blocks device_, pinned_;
   std::size_t used_ = 0;
   std::map<const void*, std::size_t> shared_bytes_;
-  unsigned streams_ = 0;
+  std::vector<std::shared_ptr<Stream>> streams_;
+  Group group_;
 };
 
 // The one device there is.

@@ -23,6 +23,8 @@
 #include "tests/cuda_emulation/device.h"
 #include "tests/cuda_emulation/streams.h"
 
+using regroup::emulation::Device;
+
 namespace {
 
 constexpr int kMostRanks = 8;
@@ -138,14 +140,7 @@ class State {
 };
 
 // Between ncclGroupStart() and ncclGroupEnd() nothing begins.
-struct Group {
-  int depth = 0;
-  std::vector<std::function<void()>> begins;
-};
-Group& group() {
-  static Group instance;
-  return instance;
-}
+Device::Group& group() { return regroup::emulation::device().group(); }
 
 }  // namespace
 

@@ -8,7 +8,10 @@
 
 using regroup::emulation::Device;
 using regroup::emulation::device;
+using regroup::emulation::refuse_while_unwinding;
+using regroup::emulation::run_all_streams;
 using regroup::emulation::Stream;
+using regroup::emulation::stream_of;
 
 struct CUevent_st {
   std::shared_ptr<Stream> stream;  // null: not recorded, or of the default stream
@@ -19,11 +22,6 @@ struct CUevent_st {
 
 namespace regroup::emulation {
 namespace {
-
-std::vector<std::weak_ptr<Stream>>& streams() {
-  static std::vector<std::weak_ptr<Stream>> all;
-  return all;
-}
 
 bool coin(std::uint64_t stream, std::uint64_t piece) {
   std::uint64_t x = stream * 0x9E3779B97F4A7C15 + piece * 0xBF58476D1CE4E5B9;
@@ -75,17 +73,13 @@ void issue(cudaStream_t handle, std::function<void()> work) {
 void run_all_streams() {
   for (;;) {
     bool done = true;
-    for (const std::weak_ptr<Stream>& weak : streams()) {
-      if (const auto stream = weak.lock()) done = stream->reach(stream->issued()) && done;
-    }
+    for (const auto& stream : device().streams()) done = stream->reach(stream->issued()) && done;
     if (done) return;
     std::this_thread::yield();
   }
 }
 
 }  // namespace regroup::emulation
-
-using namespace regroup::emulation;
 
 extern "C" {
 
@@ -96,16 +90,12 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned) {
-  auto stream = std::make_shared<Stream>(device().next_stream());
-  streams().push_back(stream);
-  *handle = std::make_unique<CUstream_st>(CUstream_st{std::move(stream)}).release();
+  *handle = std::make_unique<CUstream_st>(CUstream_st{device().make_stream()}).release();
   return cudaSuccess;
 }
-// What is in it runs to its end, as on a GPU.
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   refuse_while_unwinding("cudaStreamDestroy");
   const std::unique_ptr<CUstream_st> owned(handle);
-  owned->stream->reach(owned->stream->issued());
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
