@@ -2,15 +2,16 @@
 """What Regroup does on one GPU: first that it is right, then how fast it is, beside PyTorch on the same GPU.
 
     gpu_report.py --bin build/release/bin [--python PYTHON] [--minutes 9] [--parts LIST] [--json FILE]
-    gpu_report.py --bin build/release/bin --bundle FOLDER
+    gpu_report.py --bin build/release/bin --bundle FILE.tar.gz
 
 In this order: the op tests on the GPU; compute-sanitizer on a few of them, where it is installed; cuDNN against the
 flash kernels, with short masks; every attention kernel; full training steps (forward, backward, Adafactor) of T5 1.1 at
 512/114 in bfloat16, from base to XXL as far as the memory goes; transformers' T5 where PYTHON has torch. What would
 begin after --minutes is left out, and said so. Tables in Markdown; all of it also to --json. Fails where a test fails.
 
---bundle makes a folder of at most 64 MB with this program, the others and the libraries they need, to be carried to a
-machine with a driver, CUDA's libraries and Open MPI: FOLDER/gpu_report.py --bin FOLDER/bin.
+--bundle makes an archive of at most 64 MB with this program, the others and the libraries they need, to be carried to a
+machine with a driver, CUDA's libraries and Open MPI. There: tar xf FILE.tar.gz; regroup-gpu/gpu_report.py --bin
+regroup-gpu/bin.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -90,6 +93,8 @@ def passes(command, deadline):
         return "no time left"
     ran = re.search(r"\[==========\] (\d+) tests? .* ran", outcome.stdout)
     skipped = re.search(r"\[  SKIPPED \] (\d+) test", outcome.stdout)
+    if skipped and ran and skipped.group(1) == ran.group(1):
+        return "FAILED: every test was skipped, as without a GPU"
     if outcome.returncode == 0 and ran and ran.group(1) != "0":
         return f"passed ({ran.group(1)} tests{f', {skipped.group(1)} skipped' if skipped else ''})"
     failed = re.findall(r"\[  FAILED  \] (\S+)", outcome.stdout)
@@ -175,21 +180,24 @@ def attention(arguments, deadline, results):
 
 
 def bundle(arguments):
-    """Copies what this report runs, stripped, with the libraries that the other machine need not have."""
-    folder = arguments.bundle
-    libraries = folder / "lib"
-    for part in (folder / "bin", libraries):
-        part.mkdir(parents=True, exist_ok=True)
-    for script in ("gpu_report.py", "pytorch_t5.py", "pytorch_attention.py"):
-        shutil.copy(HERE / script, folder)
-    for name in PROGRAMS:
-        subprocess.run(["strip", "-o", folder / "bin" / name, arguments.bin / name], check=True)
-        listed = subprocess.run(["ldd", arguments.bin / name], capture_output=True, text=True, check=True).stdout
-        for library, path in re.findall(r"^\s*(\S+) => (/\S+)", listed, re.MULTILINE):
-            if not OF_THE_MACHINE.match(library) and not (libraries / library).exists():
-                shutil.copy(path, libraries / library)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 2**20:.1f} MB")
+    """Packs what this report runs, stripped, with the libraries that the other machine need not have."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "regroup-gpu"
+        libraries = folder / "lib"
+        for part in (folder / "bin", libraries):
+            part.mkdir(parents=True)
+        for script in ("gpu_report.py", "pytorch_t5.py", "pytorch_attention.py"):
+            shutil.copy(HERE / script, folder)
+        for name in PROGRAMS:
+            subprocess.run(["strip", "-o", folder / "bin" / name, arguments.bin / name], check=True)
+            listed = subprocess.run(["ldd", arguments.bin / name], capture_output=True, text=True, check=True).stdout
+            for library, path in re.findall(r"^\s*(\S+) => (/\S+)", listed, re.MULTILINE):
+                if not OF_THE_MACHINE.match(library) and not (libraries / library).exists():
+                    shutil.copy(path, libraries / library)
+        with tarfile.open(arguments.bundle, "w:gz") as archive:
+            archive.add(folder, folder.name)
+    size = arguments.bundle.stat().st_size
+    print(f"{arguments.bundle}: {size / 2**20:.1f} MB")
     return 0 if size <= BUNDLE_BYTES else f"The bundle has more than {BUNDLE_BYTES >> 20} MB"
 
 
