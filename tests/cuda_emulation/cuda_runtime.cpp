@@ -56,8 +56,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->maxThreadsPerBlock = 1024;
   properties->maxThreadsPerMultiProcessor = 2048;
   properties->sharedMemPerBlock = Device::kDefaultSharedBytes;
-  properties->sharedMemPerBlockOptin = Device::kMostSharedBytes;
-  properties->sharedMemPerMultiprocessor = Device::kMostSharedBytes + 1024;
+  properties->sharedMemPerBlockOptin = Device::most_shared();
+  properties->sharedMemPerMultiprocessor = Device::most_shared() + 1024;
   properties->l2CacheSize = 50 << 20;
   return cudaSuccess;
 }
@@ -164,7 +164,7 @@ cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::s
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<std::size_t>(value) > Device::kMostSharedBytes) return cudaErrorInvalidValue;
+  if (value < 0 || static_cast<std::size_t>(value) > Device::most_shared()) return cudaErrorInvalidValue;
   device().allow_shared(kernel, static_cast<std::size_t>(value));
   return cudaSuccess;
 }

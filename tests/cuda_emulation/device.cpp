@@ -1,5 +1,6 @@
 #include "tests/cuda_emulation/device.h"
 
+#include <cstdlib>
 #include <exception>
 #include <functional>
 
@@ -59,6 +60,11 @@ bool Device::contains(const void* address, std::size_t bytes) const {
 }
 bool Device::contains_pinned(const void* address, std::size_t bytes) const {
   return contains(pinned_, address, bytes);
+}
+
+std::size_t Device::most_shared() {
+  const char* const bytes = std::getenv("REGROUP_EMULATED_SHARED_BYTES");
+  return bytes == nullptr ? std::size_t{227} << 10 : static_cast<std::size_t>(std::atoll(bytes));
 }
 
 std::size_t Device::allowed_shared(const void* kernel) const {

@@ -17,7 +17,7 @@ class Stream;  // streams.h
 class Device {
  public:
   static constexpr std::size_t kMemoryBytes = std::size_t{4} << 30;
-  static constexpr std::size_t kDefaultSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
+  static constexpr std::size_t kDefaultSharedBytes = 48 << 10;
   static constexpr std::size_t kLargeBytes = 1 << 20;  // to change a page's protection takes its time
 
   // Memory that only kernels, copies and cuBLAS may touch: everybody else crashes, at once or, where it is of
@@ -35,6 +35,9 @@ class Device {
   bool contains(const void* address, std::size_t bytes) const;
   bool contains_pinned(const void* address, std::size_t bytes) const;
 
+  // The most shared memory of a block: Hopper's 227 KiB, or what the environment says in
+  // REGROUP_EMULATED_SHARED_BYTES.
+  static std::size_t most_shared();
   void allow_shared(const void* kernel, std::size_t bytes) { shared_bytes_[kernel] = bytes; }
   std::size_t allowed_shared(const void* kernel) const;
 

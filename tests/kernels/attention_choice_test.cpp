@@ -2,11 +2,14 @@
 #include "kernels/cuda/attention_choice.h"
 
 #include <cmath>
+#include <cstdlib>
+#include <string>
 
 #include <gtest/gtest.h>
 
 #include "kernels/base/random.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/flash_attention.h"
 #include "kernels/cuda/simple_attention.h"
 #include "kernels/make_backend.h"
 
@@ -332,6 +335,31 @@ TEST_F(AttentionChoiceTest, ANamedChoiceIsNotMeasured) {
   EXPECT_EQ(second.chosen(), first.chosen());
   for (const char* damaged : {"", "[1]", "{\"a\": 1}", "{\"a\": \"fast\"}"}) {
     EXPECT_THROW(second.choose(damaged), UserError) << damaged;
+  }
+}
+
+// What compute capability 8.6 and 8.9 allow a block holds no tiles of 128 channels with a bias.
+TEST_F(AttentionChoiceTest, TilesThatDoNotFitAreLeftToLoops) {
+  constexpr std::size_t kSharedBytes = 101376;
+  setenv("REGROUP_EMULATED_SHARED_BYTES", std::to_string(kSharedBytes).c_str(), 1);
+  CudaBackend small(0, true);
+  unsetenv("REGROUP_EMULATED_SHARED_BYTES");
+  const CudaDevice& device = small.device();
+  if (device.properties().sharedMemPerBlockOptin != kSharedBytes) GTEST_SKIP() << "this GPU has more";
+  for (const index_t channels : {64, 128}) {
+    for (const bool bias : {false, true}) {
+      Operands operands(*backend_, 64);
+      AttentionCall& call = operands.call;
+      AttentionGradients& gradients = operands.gradients;
+      for (Tensor* x : {&call.q, &call.k, &call.v, &call.out, &gradients.dout, &gradients.dq, &gradients.dk,
+                        &gradients.dv}) {
+        x->shape[3] = channels;
+      }
+      if (!bias) call.bias = gradients.dbias = Tensor();
+      EXPECT_TRUE(flash_attention_supports(device, call));
+      EXPECT_EQ(flash_attention_supports(device, call, gradients), channels == 64 || !bias) << channels;
+      EXPECT_TRUE(flash_attention_supports(backend_->device(), call, gradients));
+    }
   }
 }
 
