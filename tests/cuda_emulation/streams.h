@@ -1,6 +1,6 @@
-// Streams of the emulated device. What is issued runs late: when somebody waits for it. A coin, the same in
-// every run, has some of it run at once, for there are waits that are missed only then. So of two streams
-// either may be ahead, as far as the waits between them allow, and a wait that is missing shows.
+// Streams of the emulated device. Work that is issued runs late: when somebody waits for it. Some of it runs
+// at once, chosen by a coin that falls the same way in every run. So either of two streams may be ahead of
+// the other, and where the code forgot to let one wait, results are wrong.
 #pragma once
 
 #include <cstdint>
