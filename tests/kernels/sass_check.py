@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """What ptxas made of the attention kernels, read from their machine code (SASS).
 
-    sass_check.py FOLDER TABLE           checks the objects flash_attention_*.cu.o of the folder
-    sass_check.py FOLDER TABLE --write   writes the table anew, to be looked at and committed
+    sass_check.py FOLDER TABLE COMPILER           checks the objects flash_attention_*.cu.o of the folder
+    sass_check.py FOLDER TABLE COMPILER --write   writes the table anew, to be looked at and committed
     sass_check.py --self-test
 
 For each kernel: the left operand of every product on tensor cores is made by one kind of instruction, a load of a tile
 (LDSM) or a rounding of scores (F2FP), on every way that leads there. (ptxas has been seen to give two operands the same
 registers.) No local memory. Registers, static shared memory and the number of products by what their left operands are
-made by: as the table says, or less.
+made by: as the table says, or less. COMPILER is nvcc's version; the table is of one, and others are not held to it.
 
 cuobjdump and nvdisasm are those of the PATH, or those that `.ci/install check` fetched. Without them: exit code 77.
 """
@@ -214,17 +214,27 @@ def look_at(folder, cuobjdump, nvdisasm):
     return found, problems
 
 
-def read_table(path):
+def release(compiler):
+    return ".".join(compiler.split(".")[:2])
+
+
+def read_table(path, compiler):
+    """The table; empty where it is another compiler's."""
     table = {}
     for line in pathlib.Path(path).read_text().splitlines():
-        if line and not line.startswith("#"):
+        if line.startswith("compiler "):
+            if line.split()[1] != release(compiler):
+                print(f"The table is of nvcc {line.split()[1]}, this is {compiler}: registers are not compared")
+                return {}
+        elif line and not line.startswith("#"):
             words = line.split()
             table[" ".join(words[:2])] = {key: int(value) for key, value in (word.split("=") for word in words[2:])}
     return table
 
 
-def write_table(path, found):
-    lines = ["# What each attention kernel may use: written by tests/kernels/sass_check.py, which compares it."]
+def write_table(path, compiler, found):
+    lines = ["# What each attention kernel may use: written by tests/kernels/sass_check.py, which compares it.",
+             f"compiler {release(compiler)}"]
     lines += [" ".join([name, *(f"{key}={value}" for key, value in row.items())]) for name, row in sorted(found.items())]
     pathlib.Path(path).write_text("\n".join(lines) + "\n")
 
@@ -277,6 +287,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?")
     parser.add_argument("table", nargs="?")
+    parser.add_argument("compiler", nargs="?")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--self-test", action="store_true")
     arguments = parser.parse_args()
@@ -288,9 +299,9 @@ def main():
         return 77
     found, problems = look_at(arguments.folder, *tools)
     if arguments.write:
-        write_table(arguments.table, found)
+        write_table(arguments.table, arguments.compiler, found)
     else:
-        problems += compare(found, read_table(arguments.table))
+        problems += compare(found, read_table(arguments.table, arguments.compiler))
     print("\n".join([f"{len(found)} kernels", *problems]))
     return 1 if problems else 0
 
