@@ -75,6 +75,10 @@ class ExportTest(SystemTest):
         other = self.folder / "other"
         self.export("hf", other)
         self.assertEqual(harness.tree(output), harness.tree(other))
+        early = self.folder / "early"
+        (self.folder / "early.partial").mkdir()  # killed before it wrote anything
+        self.export("hf", early)
+        self.assertEqual(harness.tree(early), harness.tree(other))
 
     def test_each_is_what_its_reader_wants(self):
         compact, expanded = self.folder / "compact", self.folder / "expanded"

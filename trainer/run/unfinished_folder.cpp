@@ -22,7 +22,8 @@ void UnfinishedFolder::take() {
     throw UserError("{} is there already; give another --output", target_.string());
   }
   const std::filesystem::path lock = path_ / kLock;
-  if (std::filesystem::exists(path_) && !std::filesystem::exists(lock)) {
+  // An export that was killed at its very start left an empty folder.
+  if (std::filesystem::exists(path_) && !std::filesystem::exists(lock) && !std::filesystem::is_empty(path_)) {
     throw UserError("{} is in the way, and not what an export left: move it, or give another --output",
                     path_.string());
   }
